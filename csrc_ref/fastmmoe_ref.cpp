@@ -1,0 +1,526 @@
+// The FastMMoE operations (arXiv 2511.17885) once more, as definitions: float64, scalar loops, one token at a time.
+//
+// Nothing here is tuned and nothing is shared with the kernels, so that the two can only agree by both being right.
+// Arrays are dense and row-major; a mask is one byte per token, nonzero = true. Callers pass valid sizes and no NaN
+// (tests/oracle.py checks); `T` tokens, `E` experts, `K` experts per token, `H` hidden size, `I` expert intermediate
+// size, `B` samples of `n` padded positions, `W` tokens per window.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1 };
+enum Strategy : int32_t { HYBRID = 0, ROUTING_SIMILARITY = 1, DYNAMIC_ATTENTION = 2 };
+enum MergeMethod : int32_t { MLERP = 0, MEAN = 1 };
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+
+// ---------------------------------------------------------------------------------------------------------------------
+// small vector algebra
+// ---------------------------------------------------------------------------------------------------------------------
+
+double dot(const double* x, const double* y, int64_t size) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < size; ++i) sum += x[i] * y[i];
+    return sum;
+}
+
+double norm(const double* x, int64_t size) { return std::sqrt(dot(x, x, size)); }
+
+// cosine of the angle between x and y; a zero vector has no direction and resembles nothing: 0.
+double cosine(const double* x, const double* y, int64_t size) {
+    const double norms = norm(x, size) * norm(y, size);
+    return norms > 0.0 ? dot(x, y, size) / norms : 0.0;
+}
+
+// mean of the given rows of a [rows, size] matrix.
+std::vector<double> mean_row(const double* matrix, const std::vector<int64_t>& rows, int64_t size) {
+    std::vector<double> mean(size, 0.0);
+    for (int64_t row : rows)
+        for (int64_t i = 0; i < size; ++i) mean[i] += matrix[row * size + i];
+    for (int64_t i = 0; i < size; ++i) mean[i] /= static_cast<double>(rows.size());
+    return mean;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// choosing the best
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Choice {
+    std::vector<int64_t> taken;  // best first
+    double margin;               // last score taken - best score left over; infinite when either does not exist
+};
+
+// the `count` candidates with the largest score[candidate]; equal scores: the candidate listed first.
+Choice take_largest(std::vector<int64_t> candidates, const std::vector<double>& score, int64_t count) {
+    std::stable_sort(candidates.begin(), candidates.end(),
+                     [&](int64_t a, int64_t b) { return score[a] > score[b]; });
+    const int64_t available = static_cast<int64_t>(candidates.size());
+    double margin = INF;
+    if (count > 0 && count < available) margin = score[candidates[count - 1]] - score[candidates[count]];
+    candidates.resize(std::min(count, available));
+    return {candidates, margin};
+}
+
+std::vector<int64_t> first_integers(int64_t count) {
+    std::vector<int64_t> integers(count);
+    std::iota(integers.begin(), integers.end(), int64_t{0});
+    return integers;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// routing
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::vector<double> gate_probabilities(const double* logits, int64_t E, int32_t scoring) {
+    std::vector<double> p(E);
+    if (scoring == SIGMOID) {
+        for (int64_t e = 0; e < E; ++e) p[e] = 1.0 / (1.0 + std::exp(-logits[e]));
+        return p;
+    }
+    const double largest = *std::max_element(logits, logits + E);
+    double sum = 0.0;
+    for (int64_t e = 0; e < E; ++e) sum += p[e] = std::exp(logits[e] - largest);
+    for (int64_t e = 0; e < E; ++e) p[e] /= sum;
+    return p;
+}
+
+// group g holds the E / n_group consecutive experts from g * E / n_group on; its score is its best expert's, or the sum
+// of its two best where the gate has a correction bias. Equal groups: the lower one.
+Choice choose_groups(const std::vector<double>& s, int64_t n_group, int64_t topk_group, bool has_bias) {
+    const int64_t size = static_cast<int64_t>(s.size()) / n_group;
+    std::vector<double> group_score(n_group);
+    for (int64_t g = 0; g < n_group; ++g) {
+        std::vector<double> members(s.begin() + g * size, s.begin() + (g + 1) * size);
+        std::sort(members.rbegin(), members.rend());
+        group_score[g] = members[0];
+        if (has_bias && size > 1) group_score[g] += members[1];
+    }
+    return take_largest(first_integers(n_group), group_score, topk_group);
+}
+
+double sum_over(const std::vector<int64_t>& experts, const std::vector<double>& p) {
+    double sum = 0.0;
+    for (int64_t e : experts) sum += p[e];
+    return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+// logits [T, E]; vision_mask [T]; correction_bias [E] or null; vision_top_k experts for a vision token, else top_k.
+// -> ids [T, top_k] by falling selection score, weights [T, top_k], probs [T, E]; unused slots: id E, weight 0.
+// -> per token, how far its choice is from another one: score_gap (chosen against rejected experts), group_gap (chosen
+//    against rejected groups), order_gap (neighbours among the chosen); infinite where there is nothing to confuse.
+void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask, const double* correction_bias,
+                               int64_t T, int64_t E, int64_t top_k, int64_t vision_top_k, int32_t scoring,
+                               int32_t norm_topk_prob, int64_t n_group, int64_t topk_group,
+                               double routed_scaling_factor, int32_t renormalize, int32_t* ids, double* weights,
+                               double* probs, double* score_gap, double* group_gap, double* order_gap) {
+    const bool has_bias = correction_bias != nullptr;
+    for (int64_t t = 0; t < T; ++t) {
+        const std::vector<double> p = gate_probabilities(logits + t * E, E, scoring);
+
+        // selection score: the bias decides who is chosen, never with which weight.
+        std::vector<double> s = p;
+        if (has_bias)
+            for (int64_t e = 0; e < E; ++e) s[e] += correction_bias[e];
+
+        std::vector<int64_t> eligible = first_integers(E);
+        group_gap[t] = INF;
+        if (n_group > 1) {
+            const Choice groups = choose_groups(s, n_group, topk_group, has_bias);
+            group_gap[t] = groups.margin;
+            std::vector<bool> chosen(n_group, false);
+            for (int64_t g : groups.taken) chosen[g] = true;
+            eligible.clear();
+            for (int64_t e = 0; e < E; ++e)
+                if (chosen[e / (E / n_group)]) eligible.push_back(e);
+        }
+
+        const int64_t active = vision_mask[t] ? vision_top_k : top_k;
+        const Choice selected = take_largest(eligible, s, active);
+        const Choice original = take_largest(eligible, s, top_k);  // what the pretrained model would have chosen
+
+        // the sum that the weights shall have, before the scaling factor.
+        const bool rescale = !norm_topk_prob && renormalize && active < top_k;
+        const double sum = sum_over(selected.taken, p);
+        double wanted = sum;
+        if (norm_topk_prob) wanted = 1.0;
+        if (rescale) wanted = sum_over(original.taken, p);
+
+        for (int64_t k = 0; k < top_k; ++k) {
+            ids[t * top_k + k] = static_cast<int32_t>(E);
+            weights[t * top_k + k] = 0.0;
+        }
+        for (int64_t k = 0; k < active; ++k) {
+            const int64_t e = selected.taken[k];
+            ids[t * top_k + k] = static_cast<int32_t>(e);
+            // probabilities that are all zero stay zero.
+            if (sum > 0.0) weights[t * top_k + k] = p[e] * (wanted / sum) * routed_scaling_factor;
+        }
+        for (int64_t e = 0; e < E; ++e) probs[t * E + e] = p[e];
+
+        // a rescaled token also depends on who is in its original top-K.
+        score_gap[t] = rescale ? std::min(selected.margin, original.margin) : selected.margin;
+        order_gap[t] = INF;
+        for (int64_t k = 1; k < active; ++k)
+            order_gap[t] = std::min(order_gap[t], s[selected.taken[k - 1]] - s[selected.taken[k]]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// experts
+// ---------------------------------------------------------------------------------------------------------------------
+
+// hidden [T, H]; gate_up_proj [E, 2I, H], the I gate rows first, then the I up rows; down_proj [E, H, I];
+// ids, weights [T, K], a slot whose id is no expert is skipped.
+// -> output [T, H] = sum over a token's slots of weight * down(silu(gate(x)) * up(x)).
+void fastmmoe_ref_moe_experts(const double* hidden, const double* gate_up_proj, const double* down_proj,
+                              const int32_t* ids, const double* weights, int64_t T, int64_t H, int64_t E, int64_t I,
+                              int64_t K, double* output) {
+    std::vector<double> activated(I);
+    for (int64_t t = 0; t < T; ++t) {
+        const double* x = hidden + t * H;
+        for (int64_t h = 0; h < H; ++h) output[t * H + h] = 0.0;
+        for (int64_t k = 0; k < K; ++k) {
+            const int64_t e = ids[t * K + k];
+            if (e < 0 || e >= E) continue;
+            const double* gate_rows = gate_up_proj + e * 2 * I * H;
+            const double* up_rows = gate_rows + I * H;
+            for (int64_t i = 0; i < I; ++i) {
+                const double gate = dot(gate_rows + i * H, x, H);
+                const double up = dot(up_rows + i * H, x, H);
+                const double silu = gate / (1.0 + std::exp(-gate));
+                activated[i] = silu * up;
+            }
+            for (int64_t h = 0; h < H; ++h)
+                output[t * H + h] += weights[t * K + k] * dot(down_proj + (e * H + h) * I, activated.data(), I);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// attention of the last query
+// ---------------------------------------------------------------------------------------------------------------------
+
+// query [B, Hq, D]; key [B, Hkv, n, D], query head h reads key head h / (Hq / Hkv); key_mask [B, n].
+// -> probs [B, n]: softmax(scale * q.k) over the valid keys, mean over query heads; 0 at keys that are not valid.
+void fastmmoe_ref_last_query_attention(const double* query, const double* key, const uint8_t* key_mask, double scale,
+                                       int64_t B, int64_t Hq, int64_t Hkv, int64_t n, int64_t D, double* probs) {
+    std::vector<double> score(n);
+    for (int64_t b = 0; b < B; ++b) {
+        for (int64_t j = 0; j < n; ++j) probs[b * n + j] = 0.0;
+        for (int64_t h = 0; h < Hq; ++h) {
+            const double* q = query + (b * Hq + h) * D;
+            const double* keys = key + (b * Hkv + h / (Hq / Hkv)) * n * D;
+            double largest = -INF;
+            for (int64_t j = 0; j < n; ++j) {
+                if (!key_mask[b * n + j]) continue;
+                score[j] = scale * dot(q, keys + j * D, D);
+                largest = std::max(largest, score[j]);
+            }
+            double sum = 0.0;
+            for (int64_t j = 0; j < n; ++j)
+                if (key_mask[b * n + j]) sum += std::exp(score[j] - largest);
+            for (int64_t j = 0; j < n; ++j)
+                if (key_mask[b * n + j])
+                    probs[b * n + j] += std::exp(score[j] - largest) / sum / static_cast<double>(Hq);
+        }
+    }
+}
+
+}  // extern "C"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// pruning: runs, windows, counts
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+using Positions = std::vector<int64_t>;  // positions in one sample's padded sequence, rising
+
+// one sample's stretches of consecutive vision tokens. Padding holds no token: it is in no run and ends none.
+std::vector<Positions> vision_runs(const uint8_t* vision_mask, const uint8_t* attention_mask, int64_t n) {
+    std::vector<Positions> runs;
+    bool after_vision = false;
+    for (int64_t i = 0; i < n; ++i) {
+        if (!attention_mask[i]) continue;
+        if (vision_mask[i]) {
+            if (!after_vision) runs.emplace_back();
+            runs.back().push_back(i);
+        }
+        after_vision = vision_mask[i];
+    }
+    return runs;
+}
+
+// every run cut from its start into windows of W tokens; its last may be short, and none reaches into the next run.
+std::vector<Positions> cut_windows(const std::vector<Positions>& runs, int64_t W) {
+    std::vector<Positions> windows;
+    for (const Positions& run : runs)
+        for (size_t i = 0; i < run.size(); ++i) {
+            if (i % W == 0) windows.emplace_back();
+            windows.back().push_back(run[i]);
+        }
+    return windows;
+}
+
+std::vector<int64_t> lengths_of(const std::vector<Positions>& runs) {
+    std::vector<int64_t> lengths;
+    for (const Positions& run : runs) lengths.push_back(static_cast<int64_t>(run.size()));
+    return lengths;
+}
+
+struct Plan {
+    int64_t n_vis;   // vision tokens that enter
+    int64_t target;  // vision tokens that survive, merged ones included
+    int64_t merged;  // windows that become one token each
+};
+
+Plan plan_for(const std::vector<int64_t>& run_lengths, double keep_ratio, double merge_ratio, int64_t W) {
+    int64_t n_vis = 0, windows = 0;
+    for (int64_t length : run_lengths) {
+        n_vis += length;
+        windows += (length + W - 1) / W;
+    }
+    const int64_t target = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(n_vis) * keep_ratio));
+    if (n_vis <= 1 || target >= n_vis) return {n_vis, n_vis, 0};
+    const int64_t asked = static_cast<int64_t>(static_cast<double>(target) * merge_ratio);
+    // a merge of a full window removes W - 1 tokens; more merges than this would leave fewer than `target` tokens.
+    const int64_t affordable = (n_vis - target) / std::max<int64_t>(1, W - 1);
+    return {n_vis, target, std::min({asked, windows - 1, affordable})};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// pruning: what one sample loses
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Options {
+    double keep_ratio, merge_ratio;
+    int64_t W;
+    double alpha;
+    int32_t strategy;
+};
+
+struct Sample {
+    int64_t n, E;
+    const double* probs;            // [n, E]
+    const double* importance;       // [n]
+    const uint8_t* vision_mask;     // [n]
+    const uint8_t* attention_mask;  // [n]
+};
+
+Sample sample_at(int64_t b, const double* probs, const double* importance, const uint8_t* vision_mask,
+                 const uint8_t* attention_mask, int64_t n, int64_t E) {
+    return {n, E, probs + b * n * E, importance + b * n, vision_mask + b * n, attention_mask + b * n};
+}
+
+struct Redundancy {
+    std::vector<double> S, A, C;  // per window
+};
+
+Redundancy redundancy_of(const Sample& sample, const std::vector<Positions>& windows, double alpha, int32_t strategy) {
+    const size_t count = windows.size();
+    Redundancy r{std::vector<double>(count), std::vector<double>(count), std::vector<double>(count)};
+    for (size_t j = 0; j < count; ++j) {
+        const double size = static_cast<double>(windows[j].size());
+
+        // S_j: mean cosine of the tokens' routing probabilities with their mean; one token alone resembles no other.
+        const std::vector<double> mean = mean_row(sample.probs, windows[j], sample.E);
+        if (windows[j].size() > 1)
+            for (int64_t i : windows[j]) r.S[j] += cosine(sample.probs + i * sample.E, mean.data(), sample.E);
+        r.S[j] /= size;
+
+        // A_j: mean attention importance, relative to the sample's largest below.
+        for (int64_t i : windows[j]) r.A[j] += sample.importance[i];
+        r.A[j] /= size;
+    }
+    const double largest = count > 0 ? *std::max_element(r.A.begin(), r.A.end()) : 0.0;
+    for (size_t j = 0; j < count; ++j) {
+        r.A[j] /= largest + 1e-10;
+        switch (strategy) {
+            case HYBRID: r.C[j] = alpha * r.S[j] - (1.0 - alpha) * r.A[j]; break;
+            case ROUTING_SIMILARITY: r.C[j] = r.S[j]; break;
+            case DYNAMIC_ATTENTION: r.C[j] = -r.A[j]; break;
+        }
+    }
+    return r;
+}
+
+struct Selection {
+    bool pruned;
+    std::vector<Positions> merged;  // windows that become one token each
+    Positions kept;                 // vision tokens that stay as they are
+    double window_margin, token_margin;
+};
+
+Selection select(const Sample& sample, const Options& options) {
+    const std::vector<Positions> runs = vision_runs(sample.vision_mask, sample.attention_mask, sample.n);
+    const std::vector<Positions> windows = cut_windows(runs, options.W);
+    const Plan plan = plan_for(lengths_of(runs), options.keep_ratio, options.merge_ratio, options.W);
+    if (plan.target == plan.n_vis) return {false, {}, {}, INF, INF};
+
+    // merge the most redundant windows.
+    const Redundancy redundancy = redundancy_of(sample, windows, options.alpha, options.strategy);
+    const Choice merged =
+        take_largest(first_integers(static_cast<int64_t>(windows.size())), redundancy.C, plan.merged);
+    std::vector<bool> in_merged_window(windows.size(), false);
+    for (int64_t j : merged.taken) in_merged_window[j] = true;
+
+    // of the tokens in the other windows, keep the most important.
+    std::vector<double> importance(sample.importance, sample.importance + sample.n);
+    if (options.strategy == ROUTING_SIMILARITY)
+        for (int64_t i = 0; i < sample.n; ++i) importance[i] = norm(sample.probs + i * sample.E, sample.E);
+    Positions candidates;
+    Selection selection{true, {}, {}, merged.margin, INF};
+    for (size_t j = 0; j < windows.size(); ++j) {
+        if (in_merged_window[j])
+            selection.merged.push_back(windows[j]);
+        else
+            candidates.insert(candidates.end(), windows[j].begin(), windows[j].end());
+    }
+    const Choice kept = take_largest(candidates, importance, plan.target - plan.merged);
+    selection.kept = kept.taken;
+    selection.token_margin = kept.margin;
+    return selection;
+}
+
+// one token out of the given rows of a [n, H] matrix.
+std::vector<double> merge_rows(const double* matrix, const Positions& rows, int64_t H, int32_t merge_method) {
+    std::vector<double> row = mean_row(matrix, rows, H);
+    if (merge_method == MLERP) {
+        // averaging shortens vectors that point apart: the mean's direction, the longest token's length.
+        double longest = 0.0;
+        for (int64_t i : rows) longest = std::max(longest, norm(matrix + i * H, H));
+        const double length = std::max(norm(row.data(), H), 1e-10);
+        for (int64_t h = 0; h < H; ++h) row[h] = row[h] / length * longest;
+    }
+    return row;
+}
+
+}  // namespace
+
+extern "C" {
+
+// run_lengths [runs] of one sample -> target, merged; without pruning target = number of vision tokens, merged = 0.
+void fastmmoe_ref_prune_plan(const int64_t* run_lengths, int64_t runs, double keep_ratio, double merge_ratio, int64_t W,
+                             int64_t* target, int64_t* merged) {
+    const Plan plan = plan_for({run_lengths, run_lengths + runs}, keep_ratio, merge_ratio, W);
+    *target = plan.target;
+    *merged = plan.merged;
+}
+
+// vision_mask, attention_mask [B, n] -> number of windows in the batch.
+int64_t fastmmoe_ref_count_windows(const uint8_t* vision_mask, const uint8_t* attention_mask, int64_t B, int64_t n,
+                                   int64_t W) {
+    int64_t count = 0;
+    for (int64_t b = 0; b < B; ++b) {
+        const std::vector<Positions> runs = vision_runs(vision_mask + b * n, attention_mask + b * n, n);
+        count += static_cast<int64_t>(cut_windows(runs, W).size());
+    }
+    return count;
+}
+
+// probs [B, n, E]; importance, vision_mask, attention_mask [B, n].
+// -> S, A, C [windows of the batch], in batch and sequence order.
+void fastmmoe_ref_window_redundancy(const double* probs, const double* importance, const uint8_t* vision_mask,
+                                    const uint8_t* attention_mask, int64_t B, int64_t n, int64_t E, int64_t W,
+                                    double alpha, int32_t strategy, double* S, double* A, double* C) {
+    for (int64_t b = 0; b < B; ++b) {
+        const Sample sample = sample_at(b, probs, importance, vision_mask, attention_mask, n, E);
+        const std::vector<Positions> windows =
+            cut_windows(vision_runs(sample.vision_mask, sample.attention_mask, n), W);
+        const Redundancy r = redundancy_of(sample, windows, alpha, strategy);
+        S = std::copy(r.S.begin(), r.S.end(), S);
+        A = std::copy(r.A.begin(), r.A.end(), A);
+        C = std::copy(r.C.begin(), r.C.end(), C);
+    }
+}
+
+// -> how far each sample's selection is from another one: window_margin [B] (merged against other windows, in C) and
+//    token_margin [B] (kept against dropped tokens, in importance); infinite where there is nothing to confuse.
+void fastmmoe_ref_selection_margin(const double* probs, const double* importance, const uint8_t* vision_mask,
+                                   const uint8_t* attention_mask, int64_t B, int64_t n, int64_t E, double keep_ratio,
+                                   double merge_ratio, int64_t W, double alpha, int32_t strategy, double* window_margin,
+                                   double* token_margin) {
+    const Options options{keep_ratio, merge_ratio, W, alpha, strategy};
+    for (int64_t b = 0; b < B; ++b) {
+        const Selection selection =
+            select(sample_at(b, probs, importance, vision_mask, attention_mask, n, E), options);
+        window_margin[b] = selection.window_margin;
+        token_margin[b] = selection.token_margin;
+    }
+}
+
+// -> n_out, the most tokens any sample has left. It follows from the masks alone.
+int64_t fastmmoe_ref_pruned_length(const uint8_t* vision_mask, const uint8_t* attention_mask, int64_t B, int64_t n,
+                                   double keep_ratio, double merge_ratio, int64_t W) {
+    int64_t n_out = 0;
+    for (int64_t b = 0; b < B; ++b) {
+        const std::vector<Positions> runs = vision_runs(vision_mask + b * n, attention_mask + b * n, n);
+        int64_t tokens = 0;
+        for (int64_t i = 0; i < n; ++i) tokens += attention_mask[b * n + i] != 0;
+        const Plan plan = plan_for(lengths_of(runs), keep_ratio, merge_ratio, W);
+        n_out = std::max(n_out, tokens - plan.n_vis + plan.target);
+    }
+    return n_out;
+}
+
+// hidden, residual [B, n, H]; probs [B, n, E]; importance, vision_mask, attention_mask [B, n].
+// -> out_hidden, out_residual [B, n_out, H], index [B, n_out] (position in the input; a merged token's is its window's
+//    first), is_merged [B, n_out]; padding (on the left or the right) holds zeros and index -1.
+void fastmmoe_ref_prune_tokens(const double* hidden, const double* residual, const double* probs,
+                               const double* importance, const uint8_t* vision_mask, const uint8_t* attention_mask,
+                               int64_t B, int64_t n, int64_t H, int64_t E, double keep_ratio, double merge_ratio,
+                               int64_t W, double alpha, int32_t strategy, int32_t merge_method, int32_t pad_left,
+                               int64_t n_out, double* out_hidden, double* out_residual, int64_t* index,
+                               uint8_t* is_merged) {
+    std::fill(out_hidden, out_hidden + B * n_out * H, 0.0);
+    std::fill(out_residual, out_residual + B * n_out * H, 0.0);
+    std::fill(index, index + B * n_out, int64_t{-1});
+    std::fill(is_merged, is_merged + B * n_out, uint8_t{0});
+
+    const Options options{keep_ratio, merge_ratio, W, alpha, strategy};
+    for (int64_t b = 0; b < B; ++b) {
+        const Sample sample = sample_at(b, probs, importance, vision_mask, attention_mask, n, E);
+        const Selection selection = select(sample, options);
+
+        // sources[i]: the input rows of the token that stands at position i afterwards; none if there is no such token.
+        std::vector<Positions> sources(n);
+        std::vector<bool> merged_here(n, false);
+        for (int64_t i = 0; i < n; ++i)
+            if (sample.attention_mask[i] && !(selection.pruned && sample.vision_mask[i])) sources[i] = {i};
+        for (int64_t i : selection.kept) sources[i] = {i};
+        for (const Positions& window : selection.merged) {
+            sources[window[0]] = window;
+            merged_here[window[0]] = true;
+        }
+
+        int64_t length = 0;
+        for (const Positions& rows : sources) length += !rows.empty();
+        int64_t out = b * n_out + (pad_left ? n_out - length : 0);
+        for (int64_t i = 0; i < n; ++i) {
+            if (sources[i].empty()) continue;
+            std::vector<double> hidden_row(hidden + (b * n + i) * H, hidden + (b * n + i + 1) * H);
+            std::vector<double> residual_row(residual + (b * n + i) * H, residual + (b * n + i + 1) * H);
+            if (merged_here[i]) {
+                hidden_row = merge_rows(hidden + b * n * H, sources[i], H, merge_method);
+                residual_row = merge_rows(residual + b * n * H, sources[i], H, merge_method);
+            }
+            std::copy(hidden_row.begin(), hidden_row.end(), out_hidden + out * H);
+            std::copy(residual_row.begin(), residual_row.end(), out_residual + out * H);
+            index[out] = i;
+            is_merged[out] = merged_here[i];
+            ++out;
+        }
+    }
+}
+
+}  // extern "C"

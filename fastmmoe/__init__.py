@@ -1,0 +1,9 @@
+"""FastMMoE: faster prefill of multimodal mixture-of-experts models."""
+
+# not lazy: the functions share their names with their modules, and a later import of the module would hide them
+from fastmmoe.config import FastMMoEConfig
+from fastmmoe.flops import FlopsReport, flops
+
+__version__ = "0.1.0"
+
+__all__ = ["FastMMoEConfig", "FlopsReport", "flops"]

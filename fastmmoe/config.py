@@ -1,0 +1,340 @@
+"""What FastMMoE does to a prefill: one frozen, validated description, and the presets of the official scripts."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any
+
+STRATEGIES = ("hybrid", "routing_similarity", "dynamic_attention")
+MERGE_METHODS = ("mlerp", "mean")
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class FastMMoEConfig:
+    """What to reduce, where, and by how much. The default reduces nothing.
+
+    Every value is checked on construction; numbers are stored as plain ints and floats, lists as tuples.
+
+    Args:
+        vision_top_k: experts per vision token, K_v (method section 1); None leaves the model's own K.
+        reduction_layer: first layer that uses `vision_top_k`, l_v; layers count from 0.
+        prune_layers: layers that prune vision tokens (method section 2), rising; empty prunes nothing.
+        retention: overall share of the vision tokens left after the last stage, in (0, 1]; every one of m stages
+            keeps `retention ** (1 / m)`. Stays at 1.0 when `keep_ratios` is given.
+        keep_ratios: the share each stage keeps of the vision tokens that enter it, in (0, 1], one per prune layer.
+        merge_ratio: share of a stage's survivors that are merged windows, in [0, 1].
+        window: tokens per window, W, at least 1.
+        alpha: weight of routing similarity against attention in the redundancy of "hybrid", in [0, 1].
+        strategy: "hybrid", "routing_similarity" or "dynamic_attention".
+        merge_method: "mlerp" or "mean".
+        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+
+    Raises:
+        TypeError: a value of another type (bools are no numbers here).
+        ValueError: a value out of range, or a combination that contradicts itself or would silently do nothing.
+    """
+
+    vision_top_k: int | None = None
+    reduction_layer: int = 2
+    prune_layers: tuple[int, ...] = ()
+    retention: float = 1.0
+    keep_ratios: tuple[float, ...] | None = None
+    merge_ratio: float = 0.025
+    window: int = 3
+    alpha: float = 0.5
+    strategy: str = "hybrid"
+    merge_method: str = "mlerp"
+    backend: str = "auto"
+
+    def __post_init__(self):
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.keep_ratios is not None:
+            if self.retention != 1.0:
+                raise ValueError(
+                    f"retention={self.retention} and keep_ratios={self.keep_ratios}: expected one of the two, got both"
+                )
+            if len(self.keep_ratios) != len(self.prune_layers):
+                raise ValueError(
+                    f"keep_ratios={self.keep_ratios}: expected one ratio for each of "
+                    f"prune_layers={self.prune_layers}, got {len(self.keep_ratios)} for {len(self.prune_layers)}"
+                )
+        if not self.prune_layers and (self.retention != 1.0 or self.keep_ratios is not None):
+            given = f"retention={self.retention}" if self.keep_ratios is None else f"keep_ratios={self.keep_ratios}"
+            raise ValueError(
+                f"{given} with prune_layers=(): unsupported combination, it would silently do nothing; "
+                "expected the layers to prune at"
+            )
+
+    @property
+    def stage_keep_ratios(self) -> tuple[float, ...]:
+        """Share of the entering vision tokens that each stage keeps, one per prune layer."""
+        if self.keep_ratios is not None:
+            return self.keep_ratios
+        stages = len(self.prune_layers)
+        return tuple(self.retention ** (1 / stages) for _ in range(stages))
+
+    def check_model(self, num_hidden_layers: int, num_experts_per_tok: int) -> None:
+        """Check that a text model with so many layers and experts per token can be run with this config.
+
+        Raises:
+            ValueError: a prune layer or `reduction_layer` beyond the last layer, or `vision_top_k` above K.
+        """
+        layers = f"the model has {num_hidden_layers} layers, expected layers from 0 to {num_hidden_layers - 1}"
+        if self.prune_layers and self.prune_layers[-1] >= num_hidden_layers:
+            raise ValueError(f"prune_layers={self.prune_layers}: {layers}; give prune_layers that fit this model")
+        if self.vision_top_k is None:
+            return
+        if self.vision_top_k > num_experts_per_tok:
+            raise ValueError(
+                f"vision_top_k={self.vision_top_k}: expected at most the model's {num_experts_per_tok} experts per token"
+            )
+        if self.vision_top_k < num_experts_per_tok and self.reduction_layer >= num_hidden_layers:
+            raise ValueError(
+                f"reduction_layer={self.reduction_layer}: {layers}; vision_top_k={self.vision_top_k} would silently do "
+                "nothing"
+            )
+
+    @classmethod
+    def preset(cls, model_or_name: Any, retention: float = 1.0, **overrides: Any) -> "FastMMoEConfig":
+        """The official scripts' settings for a model family, K_v = K / 2 experts per vision token included.
+
+        Args:
+            model_or_name: a transformers model or config, a model type ("internvl"), or a name ("internvl3.5",
+                "OpenGVLab/InternVL3_5-30B-A3B-HF").
+            retention: overall share of vision tokens kept, in (0, 1]; 1.0 prunes nothing.
+            overrides: any other field of `FastMMoEConfig`, in place of the preset's value.
+
+        Raises:
+            ValueError: no preset for this model or name, or one that does not fit the model's number of layers.
+        """
+        if isinstance(model_or_name, str):
+            text_config = None
+            key = plain_name(model_or_name)
+            row = next((p for p in _PRESETS if key in p.model_types or re.fullmatch(p.names, key)), None)
+            shown = repr(model_or_name)
+        else:
+            text_config = text_config_of(model_or_name)
+            model_type = getattr(getattr(model_or_name, "config", model_or_name), "model_type", None)
+            row = next((p for p in _PRESETS if model_type in p.model_types), None)
+            shown = f"a {type(model_or_name).__name__} of model type {model_type!r}"
+        if row is None:
+            supported = "; ".join(p.supported for p in _PRESETS)
+            raise ValueError(f"model_or_name: no preset for {shown}, expected one of: {supported}")
+        top_k = row.num_experts_per_tok if text_config is None else getattr(text_config, "num_experts_per_tok", None)
+        if top_k is None:
+            raise ValueError(f"model_or_name: {shown} has no experts (num_experts_per_tok), expected a MoE text model")
+
+        values: dict[str, Any] = {
+            "vision_top_k": max(1, top_k // 2),
+            "retention": retention,
+            "alpha": row.alpha,
+            "merge_ratio": row.merge_ratio,
+        }
+        if retention != 1.0 or overrides.get("keep_ratios") is not None:
+            values["prune_layers"] = row.prune_layers
+        config = cls(**(values | overrides))
+        if text_config is not None:
+            config.check_model(text_config.num_hidden_layers, top_k)
+        return config
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] = os.environ, *, num_experts_per_tok: int | None = None
+    ) -> "FastMMoEConfig":
+        """Read the variables of the official scripts; unset or empty ones leave the defaults.
+
+        `KEEP_TOKEN_RATIO` is the overall retention when it is one number, and the stages' keep ratios when it is a
+        comma list. `VISION_EXPERT_REDUCE_FACTOR` f means K_v = max(1, int(K * f)) and so needs K.
+
+        Args:
+            environ: the variables.
+            num_experts_per_tok: the model's K; required if `VISION_EXPERT_REDUCE_FACTOR` is set.
+
+        Raises:
+            ValueError: a malformed or impossible value; the error names the variable.
+        """
+        given = {name: text for name in _ENVIRONMENT if (text := environ.get(name, "").strip())}
+        values: dict[str, Any] = {}
+        for name, text in given.items():
+            field, parse = _ENVIRONMENT[name]
+            if name == "KEEP_TOKEN_RATIO" and "," in text:
+                field, parse = "keep_ratios", _list_of(float)
+            try:
+                value = parse(text)
+                if name == "VISION_EXPERT_REDUCE_FACTOR":
+                    if num_experts_per_tok is None:
+                        raise ValueError("expected num_experts_per_tok, the model's experts per token, along with it")
+                    value = max(1, int(num_experts_per_tok * _share("factor", value)))
+                values[field] = _CHECKS[field](field, value)
+            except ValueError as error:
+                raise ValueError(f"environment variable {name}={text!r}: {error}") from error
+        try:
+            return cls(**values)
+        except ValueError as error:
+            shown = ", ".join(f"{name}={text!r}" for name, text in given.items())
+            raise ValueError(f"environment variables {shown}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict; `from_dict` reads it back, through JSON too."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "FastMMoEConfig":
+        """Build a config from `to_dict`'s dict; missing fields take their defaults, unknown ones are refused."""
+        unknown = sorted(set(values) - set(_CHECKS))
+        if unknown:
+            raise ValueError(f"values: unknown fields {unknown}, expected some of {list(_CHECKS)}")
+        return cls(**values)
+
+
+def text_config_of(model_or_config: Any) -> Any:
+    """The text model's config of a transformers model or (composite) config."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return getattr(config, "text_config", None) or config
+
+
+def plain_name(name: str) -> str:
+    """Reduce a hub name or path to a key: ".../InternVL3_5-30B-A3B-HF" is "internvl3.5-30b-a3b-hf"."""
+    name = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    # "3_5" and "3.5" are both in use; a model type (qwen3_moe) keeps its underscore
+    return re.sub(r"(?<=\d)_(?=\d)", ".", name)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """One model family's settings in the official scripts, and what it is called by."""
+
+    supported: str  # for the error that lists what there is
+    names: str  # pattern of the plain names, see plain_name
+    model_types: tuple[str, ...]  # of a composite or of its text config; empty: by name only
+    num_experts_per_tok: int  # for names; a model or config brings its own
+    prune_layers: tuple[int, ...]
+    alpha: float
+    merge_ratio: float
+
+
+# l_v = 2, W = 3, hybrid and mlerp are the same for both families, and FastMMoEConfig's defaults
+_PRESETS = (
+    _Preset(
+        supported="InternVL3.5 (a model or config of type internvl or qwen3_moe; names such as internvl3.5, "
+        "internvl3.5-30b-a3b, internvl3.5-241b-a28b)",
+        # the family's other sizes are dense or have another K
+        names=r"internvl3\.5(-(30b-a3b|241b-a28b)(-.*)?)?",
+        model_types=("internvl", "qwen3_moe"),
+        num_experts_per_tok=8,
+        prune_layers=(5, 8, 12),
+        alpha=0.5,
+        merge_ratio=0.025,
+    ),
+    _Preset(
+        supported="DeepSeek-VL2 (by name only: deepseek-vl2, deepseek-vl2-small, deepseek-vl2-tiny)",
+        names=r"deepseek-vl2(-small|-tiny)?",
+        model_types=(),
+        num_experts_per_tok=6,
+        prune_layers=(2, 5, 8),
+        alpha=0.3,
+        merge_ratio=0.05,
+    ),
+)
+
+
+def _int_from(low: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an int >= {low}, got {value!r} ({type(value).__name__})")
+        if value < low:
+            raise ValueError(f"{name}: expected an int >= {low}, got {value!r}")
+        return int(value)
+
+    return check
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+    # written so that nan fails too
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
+def _share(name: str, value: Any) -> float:
+    return _number(name, value, "a number in [0, 1]")
+
+
+def _positive_share(name: str, value: Any) -> float:
+    number = _number(name, value, "a number in (0, 1]")
+    if number == 0.0:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
+    return number
+
+
+def _choice(options: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"{name}: expected one of {', '.join(options)}, got {value!r} ({type(value).__name__})")
+        if value not in options:
+            raise ValueError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
+        return value
+
+    return check
+
+
+def _tuple_of(check: Callable[[str, Any], Any]) -> Callable[[str, Any], tuple]:
+    def check_all(name: str, values: Any) -> tuple:
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name}: expected a tuple or list, got {values!r} ({type(values).__name__})")
+        return tuple(check(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+    return check_all
+
+
+def _rising_layers(name: str, values: Any) -> tuple[int, ...]:
+    layers = _tuple_of(_int_from(0))(name, values)
+    if any(a >= b for a, b in pairwise(layers)):
+        raise ValueError(f"{name}: expected layers in rising order, each once, got {layers}")
+    return layers
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list]:
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+# each takes (name, value) and returns the value as it is stored
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "vision_top_k": _optional(_int_from(1)),
+    "reduction_layer": _int_from(0),
+    "prune_layers": _rising_layers,
+    "retention": _positive_share,
+    "keep_ratios": _optional(_tuple_of(_positive_share)),
+    "merge_ratio": _share,
+    "window": _int_from(1),
+    "alpha": _share,
+    "strategy": _choice(STRATEGIES),
+    "merge_method": _choice(MERGE_METHODS),
+    "backend": _choice(BACKENDS),
+}
+
+# official variable -> field it sets, how its text is read
+_ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "REDUCTION_LAYER_IDX": ("reduction_layer", int),
+    "VISION_EXPERT_REDUCE_FACTOR": ("vision_top_k", float),
+    "TOKEN_MERGE_STRATEGY": ("strategy", str),
+    "BASE_ALPHA": ("alpha", float),
+    "MERGE_RATIO": ("merge_ratio", float),
+    "TOKEN_MERGE_METHOD": ("merge_method", str),
+    "MERGE_LAYER_LOCS": ("prune_layers", _list_of(int)),
+    "KEEP_TOKEN_RATIO": ("retention", float),
+    "ROUTING_SIMILARITY_WINDOW_SIZE": ("window", int),
+}

@@ -1,0 +1,66 @@
+"""Attention of a sample's last token to all keys, averaged over heads (paper section 3.3; method section 2, step 3)."""
+
+import torch
+
+from fastmmoe_kernels.attention.reference import last_query_attention_reference
+from fastmmoe_kernels.backend import resolve_backend
+from fastmmoe_kernels.checks import FLOATS, check_float, check_tensor
+
+
+def last_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """One query row's softmax over the valid keys, mean over query heads (method section 2, step 3).
+
+    Costs one pass over the keys and O(Hq n) memory, never an n x n matrix. Computed in float32; keys of any strides
+    (slices of a cache, expanded heads) are read where they lie.
+
+    Args:
+        query: float32, float16 or bfloat16 [B, Hq, D], the one query row that matters, position encoding applied.
+        key: same dtype [B, Hkv, n, D], Hkv a divisor of Hq: query head h reads key head h // (Hq // Hkv).
+        scale: positive factor of the logits, usually D ** -0.5.
+        key_mask: bool [B, n], true at valid keys; None: all are valid. Masked keys may hold anything, NaN included.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        float32 [B, n]: each sample sums to 1; 0 at masked keys, and everywhere for a sample with no valid key.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype, device or range; names the argument.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+    """
+    check_tensor("query", query, ("B", "Hq", "D"), FLOATS)
+    batch_size, num_heads, head_dim = query.shape
+    check_tensor("key", key, (batch_size, "Hkv", "n", head_dim), (query.dtype,), query.device)
+    num_kv_heads, num_keys = key.shape[1:3]
+    if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"key: expected a number of heads that divides query's {num_heads}, got {num_kv_heads}")
+    check_float("scale", scale, 0.0, float("inf"), low_open=True)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, (batch_size, num_keys), (torch.bool,), query.device)
+    return _last_query_attention(query, key, key_mask, float(scale), resolve_backend(backend, query))
+
+
+@torch.library.custom_op("fastmmoe::last_query_attention", mutates_args=())
+def _last_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    if backend == "triton":
+        from fastmmoe_kernels.attention.kernel import last_query_attention_triton as run
+    else:
+        run = last_query_attention_reference
+    return run(query, key, key_mask, scale)
+
+
+@_last_query_attention.register_fake
+def _(query, key, key_mask, scale, backend):
+    return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)

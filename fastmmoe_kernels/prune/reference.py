@@ -1,0 +1,83 @@
+"""A prune stage in PyTorch: the definition, and the CPU path."""
+
+import torch
+
+from fastmmoe_kernels.redundancy.reference import window_head
+
+
+def prune_tokens_reference(
+    hidden: torch.Tensor,  # [B, n, H]
+    residual: torch.Tensor,  # [B, n, H]
+    importance: torch.Tensor,  # [B, n]
+    redundancy: torch.Tensor,  # [B, n], -inf where no window begins
+    windows: torch.Tensor,  # [B]
+    run_rank: torch.Tensor,  # [B, n]
+    table: torch.Tensor,  # [5, B]: start, length, target, most_merged, new start
+    width: int,
+    most_merged: int,
+    window: int,
+    merge_method: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = run_rank.shape[1]
+    start, length, target, most, new_start = table.long().unsqueeze(-1)  # each [B, 1]
+    position = torch.arange(n, device=hidden.device)
+    vision = run_rank >= 0
+    text = (position >= start) & (position < start + length) & ~vision
+
+    # merge: the windows with the largest redundancy
+    count = torch.minimum(most, windows.unsqueeze(-1) - 1).clamp_min(0)  # [B, 1]
+    by_redundancy = redundancy.sort(dim=1, descending=True, stable=True).indices
+    is_merged_head = torch.zeros_like(vision).scatter_(1, by_redundancy, position < count)
+    # keep: of the others, the most important tokens
+    in_merged = vision & is_merged_head.gather(1, window_head(run_rank, window))
+    rest = torch.where(vision & ~in_merged, importance, float("-inf"))
+    by_importance = rest.sort(dim=1, descending=True, stable=True).indices
+    kept = torch.zeros_like(vision).scatter_(1, by_importance, position < target - count)
+    survives = text | is_merged_head | kept
+
+    # compact: where each survivor goes, and where each new token came from
+    before = survives.cumsum(1) - survives.long()  # survivors in front of a token
+    slot = torch.where(survives, new_start + before, width)  # the last column is scratch
+    index = torch.full((hidden.shape[0], width + 1), -1, device=hidden.device)
+    index = index.scatter_(1, slot, position.expand_as(slot))[:, :width].contiguous()
+    source = index.clamp_min(0)
+    merged = is_merged_head.gather(1, source) & (index >= 0)
+    run_start = (position - run_rank).clamp(0, max(n - 1, 0))
+    new_rank = torch.where(vision, before - before.gather(1, run_start), -1)
+    new_rank = torch.where(index >= 0, new_rank.gather(1, source), -1).to(torch.int32)
+
+    heads = by_redundancy[:, :most_merged]  # [B, M]
+    into = torch.where(position[:most_merged] < count, slot.gather(1, heads), width)
+    offset = torch.arange(window, device=hidden.device)
+    members = (heads.unsqueeze(-1) + offset).clamp_max(max(n - 1, 0))  # [B, M, W]
+    expected_rank = run_rank.gather(1, heads).unsqueeze(-1) + offset
+    is_member = run_rank.gather(1, members.flatten(1)).view_as(members) == expected_rank
+
+    def shorten(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_zeros(x.shape[0], width + 1, x.shape[2])
+        out[:, :width] = torch.where((index >= 0).unsqueeze(-1), _rows(x, source), 0)
+        if most_merged:
+            tokens = _rows(x, members.flatten(1)).view(*members.shape, -1)  # [B, M, W, H]
+            merge = _mlerp if merge_method == "mlerp" else _mean
+            out.scatter_(1, into.unsqueeze(-1).expand(-1, -1, x.shape[2]), merge(tokens.float(), is_member).to(x.dtype))
+        return out[:, :width].contiguous()
+
+    return shorten(hidden), shorten(residual), index, merged, new_rank
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B, n, H] at index [B, m] -> [B, m, H]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def _mean(tokens: torch.Tensor, is_member: torch.Tensor) -> torch.Tensor:
+    tokens = torch.where(is_member.unsqueeze(-1), tokens, 0.0)
+    return tokens.sum(2) / is_member.sum(2, keepdim=True).clamp_min(1)
+
+
+def _mlerp(tokens: torch.Tensor, is_member: torch.Tensor) -> torch.Tensor:
+    """The mean's direction with the largest norm in the window."""
+    mean = _mean(tokens, is_member)
+    norms = torch.linalg.vector_norm(tokens, dim=-1).masked_fill(~is_member, 0.0)
+    length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-10)
+    return mean / length * norms.amax(2, keepdim=True)

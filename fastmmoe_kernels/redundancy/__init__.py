@@ -1,0 +1,97 @@
+"""Redundancy of windows of vision tokens: alike in routing, little attended to (paper section 3.3; method 2.2-2.4)."""
+
+import torch
+
+from fastmmoe_kernels.backend import resolve_backend
+from fastmmoe_kernels.checks import check_choice, check_float, check_int, check_tensor
+from fastmmoe_kernels.layout import VisionLayout
+from fastmmoe_kernels.redundancy.reference import window_scores_reference
+
+STRATEGIES = ("hybrid", "routing_similarity", "dynamic_attention")
+
+
+def window_redundancy(
+    probs: torch.Tensor,
+    importance: torch.Tensor,
+    layout: VisionLayout,
+    *,
+    window: int,
+    alpha: float,
+    strategy: str,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score every window of the batch (method sections 2.2 to 2.4).
+
+    Args:
+        probs: float32 [B, n, E], the gate's probabilities at this layer; only vision tokens are read.
+        importance: float32 [B, n], attention probability from the sample's last token; only vision tokens are read.
+        layout: where the vision tokens are.
+        window: tokens per window, >= 1; windows do not cross the end of a run of vision tokens.
+        alpha: weight of the routing similarity under "hybrid", in [0, 1].
+        strategy: "hybrid" (C = alpha * S - (1 - alpha) * A), "routing_similarity" (C = S) or
+            "dynamic_attention" (C = -A).
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (S, A, C), each float32 [total windows] in batch and sequence order: routing similarity, attention importance
+        relative to the sample's most important window, redundancy. Finding the windows reads the layout on the host.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype, device or range; names the argument.
+    """
+    check_layout("layout", layout, importance)
+    check_tensor("importance", importance, (layout.batch_size, layout.width), (torch.float32,), layout.device)
+    check_tensor("probs", probs, (layout.batch_size, layout.width, "E"), (torch.float32,), layout.device)
+    check_redundancy_settings(window, alpha, strategy)
+    similarity, attention, redundancy, _ = window_scores(
+        probs, importance, layout.run_rank, window, float(alpha), strategy, resolve_backend(backend, probs)
+    )
+    heads = [
+        sample * layout.width + members[0]
+        for sample, windows in enumerate(layout.windows(window))
+        for members in windows
+    ]
+    head = torch.tensor(heads, dtype=torch.int64).to(probs.device)
+    return similarity.flatten()[head], attention.flatten()[head], redundancy.flatten()[head]
+
+
+def check_layout(name: str, layout: object, tensor: object) -> None:
+    """Refuse anything but a `VisionLayout` on the device of `tensor`."""
+    if not isinstance(layout, VisionLayout):
+        raise TypeError(f"{name}: expected a VisionLayout, got {type(layout).__name__}")
+    if isinstance(tensor, torch.Tensor) and layout.device != tensor.device:
+        raise ValueError(f"{name}: expected a layout on {tensor.device}, got one on {layout.device}; use layout.to()")
+
+
+def check_redundancy_settings(window: int, alpha: float, strategy: str) -> None:
+    """Refuse a `window`, `alpha` or `strategy` out of range."""
+    check_int("window", window, 1)
+    check_float("alpha", alpha, 0.0, 1.0)
+    check_choice("strategy", strategy, STRATEGIES)
+
+
+@torch.library.custom_op("fastmmoe::window_scores", mutates_args=())
+def window_scores(
+    probs: torch.Tensor,
+    importance: torch.Tensor,
+    run_rank: torch.Tensor,
+    window: int,
+    alpha: float,
+    strategy: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(S, A, C, number of windows): float32 [B, n], a window's values at its first token and (0, 0, -inf) elsewhere;
+    int32 [B]. No host read: the form in which `prune_tokens` uses the scores."""
+    if backend == "triton":
+        from fastmmoe_kernels.redundancy.kernel import window_scores_triton as run
+    else:
+        run = window_scores_reference
+    return run(probs, importance, run_rank, window, alpha, strategy)
+
+
+@window_scores.register_fake
+def _(probs, importance, run_rank, window, alpha, strategy, backend):
+    return (
+        *(torch.empty_like(run_rank, dtype=torch.float32) for _ in range(3)),
+        run_rank.new_empty(run_rank.shape[0]),
+    )

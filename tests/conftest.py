@@ -1,0 +1,39 @@
+"""Shared set-up: Triton's interpreter on machines without a GPU, and NaN in every tensor that nobody wrote yet."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # before any kernel module is imported: triton.jit decides at decoration time
+    os.environ["TRITON_INTERPRET"] = "1"
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch):
+    """`torch.empty` and friends return NaN (or absurd integers), so that an element nobody writes shows up."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            out = make(*args, **kwargs)
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out.fill_(True) if out.dtype == torch.bool else out.fill_(101)
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_GPU:
+        skip = pytest.mark.skip(reason="needs a GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

@@ -1,0 +1,229 @@
+"""FLOPs: the hand figures of the method, PyTorch's own counter on tiny models, batches, bad input."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    DeepseekV2Config,
+    Glm4MoeConfig,
+    Glm4MoeModel,
+    GptOssConfig,
+    InternVLConfig,
+    Qwen2MoeConfig,
+    Qwen2MoeModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3MoeModel,
+)
+
+from fastmmoe.config import FastMMoEConfig
+from fastmmoe.flops import ARCHITECTURES, Architecture, flops
+
+INTERNVL = "internvl3.5-30b-a3b"
+HALF_EXPERTS = FastMMoEConfig(vision_top_k=4, reduction_layer=2)
+OFFICIAL_HALF = FastMMoEConfig(vision_top_k=4, reduction_layer=2, prune_layers=(5, 8, 12), retention=0.5)
+
+
+# per layer and token: query and output 2 * 2048 * 4096 each, key and value 2 * 2048 * 512 each, gate 2 * 2048 * 128
+HAND_PER_TOKEN = 2 * 2 * 2048 * 4096 + 2 * 2 * 2048 * 512 + 2 * 2048 * 128
+HAND_PER_EXPERT = 6 * 2048 * 768
+HAND_PER_SQUARE = 2 * 32 * 128
+
+
+def test_hand_figure_dense():
+    n = 100 + 1792
+    by_hand = 48 * (n * HAND_PER_TOKEN + n * 8 * HAND_PER_EXPERT + n * n * HAND_PER_SQUARE)
+    report = flops(INTERNVL, 100, 1792, FastMMoEConfig())
+    assert report.dense == by_hand == pytest.approx(11.74e12, abs=0.005e12)
+    assert report.reduced == by_hand and report.saved == 0.0
+    assert len(report.per_layer) == 48
+
+
+def test_hand_figure_half_experts():
+    report = flops(INTERNVL, 100, 1792, HALF_EXPERTS)
+    assert report.saved == pytest.approx(46 * 1792 * 4 * HAND_PER_EXPERT / report.dense)
+    assert report.saved == pytest.approx(0.265, abs=0.0005)
+
+
+def test_hand_figure_half_experts_and_half_tokens():
+    # 1792 * 0.5 ** (1 / 3) = 1422.3, 1422 * 0.79370 = 1128.6, 1128 * 0.79370 = 895.3
+    vision = [1792] * 5 + [1422] * 3 + [1128] * 4 + [895] * 36
+    report = flops(INTERNVL, 100, 1792, OFFICIAL_HALF)
+    assert [layer.moe_tokens for layer in report.per_layer] == [100 + v for v in vision]
+    # attention still sees the tokens that its own layer's MoE no longer does
+    assert [layer.attention_tokens for layer in report.per_layer] == [1892] + [100 + v for v in vision[:-1]]
+    assert report.saved == pytest.approx(0.567, abs=0.0005)
+
+
+def tiny(cls, **more):
+    # no two widths alike, so that none can be mistaken for another
+    return cls(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        num_experts_per_tok=3,
+        moe_intermediate_size=20,
+        intermediate_size=44,
+        # eager: one plain matmul per hit expert and per attention product; PyTorch's counter knows neither
+        # _grouped_mm nor the CPU's flash attention, and would leave them out without a word
+        attn_implementation="eager",
+        experts_implementation="eager",
+        **more,
+    )
+
+
+def counted(module, *args, **kwargs) -> dict[str, int]:
+    """FLOPs per submodule name by PyTorch's own counter, under "" those of the module itself."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*args, **kwargs)
+    root = type(module).__name__
+    return {name.removeprefix(root).lstrip("."): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+
+def acausal(config, n: int) -> int:
+    """What PyTorch counts beyond the convention: it takes `4 n^2 heads head_dim` for scores and values (all n keys of
+    every query), the convention only the causal half, `2 n^2 heads head_dim`."""
+    return 2 * n * n * config.num_attention_heads * config.head_dim
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "extra_per_moe_token"),
+    [
+        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6), 0),
+        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, mlp_only_layers=[1]), 0),
+        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, decoder_sparse_step=2), 0),
+        (Glm4MoeModel, tiny(Glm4MoeConfig, n_routed_experts=6, first_k_dense_replace=1, n_shared_experts=2), 0),
+        # its shared expert has a gate of its own, H -> 1, which the convention leaves out
+        (Qwen2MoeModel, tiny(Qwen2MoeConfig, num_experts=6, shared_expert_intermediate_size=28), 2 * 32),
+    ],
+    ids=["qwen3_moe", "mlp_only_layers", "decoder_sparse_step", "glm4_moe shared, first dense", "qwen2_moe shared"],
+)
+@pytest.mark.parametrize("n", [1, 17])
+def test_dense_agrees_with_pytorchs_counter(model, config, extra_per_moe_token, n):
+    by_layer = counted(model(config).eval(), torch.arange(n)[None])
+    report = flops(config, n, 0, FastMMoEConfig())
+    for layer in report.per_layer:
+        expected = by_layer[f"layers.{layer.layer}"] - acausal(config, n) - n * extra_per_moe_token
+        assert layer.dense == layer.reduced == expected
+
+
+def test_reduced_agrees_with_pytorchs_counter():
+    """Attention and MoE of each layer, run alone on as many tokens and experts as the plan says."""
+    config = tiny(Qwen3MoeConfig, num_experts=6)
+    n_text, n_vision = 5, 20
+    plan = FastMMoEConfig(vision_top_k=1, reduction_layer=1, prune_layers=(0, 2), keep_ratios=(0.6, 0.5))
+    attended, survived = [20, 12, 12], [12, 12, 6]
+    report = flops(config, n_text, n_vision, plan)
+
+    torch.manual_seed(0)
+    model = Qwen3MoeModel(config).eval()
+    for index, layer in enumerate(model.layers):
+        n = n_text + attended[index]
+        hidden = torch.randn(1, n, 32)
+        positions = model.rotary_emb(hidden, torch.arange(n)[None])
+        expected = counted(layer.self_attn, hidden, position_embeddings=positions, attention_mask=None)[""]
+        expected -= acausal(config, n)
+        n_moe = n_text + survived[index]
+        ids = torch.arange(3).repeat(n_moe, 1)
+        if index >= 1:
+            ids[n_text:, 1:] = -1  # one expert per vision token
+        expected += counted(layer.mlp.gate, torch.randn(n_moe, 32))[""]
+        for expert in range(3):
+            rows = (ids == expert).sum().item()
+            expected += counted(model.layers[0].mlp.experts, torch.randn(rows, 32), *one_expert(rows))[""]
+        assert report.per_layer[index].reduced == expected
+        assert report.per_layer[index].attention_tokens == n
+        assert report.per_layer[index].moe_tokens == n_moe
+    assert report.reduced == sum(layer.reduced for layer in report.per_layer)
+    assert report.saved == pytest.approx(1 - report.reduced / report.dense)
+
+
+def one_expert(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routing that sends every row to expert 0 alone."""
+    return torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3000)).filter(any), min_size=1, max_size=4))
+def test_a_batch_is_the_sum_of_its_samples(samples):
+    batch = flops(INTERNVL, [t for t, _ in samples], [v for _, v in samples], OFFICIAL_HALF)
+    alone = [flops(INTERNVL, t, v, OFFICIAL_HALF) for t, v in samples]
+    assert batch.dense == sum(r.dense for r in alone)
+    assert batch.reduced == sum(r.reduced for r in alone)
+    assert batch.per_layer[12].moe_tokens == sum(r.per_layer[12].moe_tokens for r in alone)
+    assert 0.0 <= batch.saved < 1.0
+    assert all(r.saved == 0.0 for r, (_, v) in zip(alone, samples, strict=True) if v == 0)
+
+
+def test_a_single_vision_token_is_never_pruned():
+    plan = FastMMoEConfig(prune_layers=(0, 1), keep_ratios=(0.5, 0.01))
+    tokens = [layer.moe_tokens for layer in flops(INTERNVL, 0, 2, plan).per_layer]
+    assert tokens == [1] * 48
+
+
+def test_what_text_config_may_be():
+    text = Qwen3MoeConfig(
+        num_hidden_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, intermediate_size=6144,
+    )  # fmt: skip
+    expected = flops(ARCHITECTURES[INTERNVL], 100, 1792, OFFICIAL_HALF)
+    composite = InternVLConfig(text_config=text)
+    names = ["OpenGVLab/InternVL3_5-30B-A3B-HF", "Qwen/Qwen3-VL-30B-A3B-Instruct"]
+    for given_config in [text, composite, SimpleNamespace(config=composite), *names]:
+        assert flops(given_config, 100, 1792, OFFICIAL_HALF) == expected
+
+
+def test_defaults_of_a_config_without_the_optional_attributes():
+    config = SimpleNamespace(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, n_routed_experts=6, num_experts_per_tok=2,
+        moe_intermediate_size=20, intermediate_size=44, mlp_layer_types=["dense", "sparse"],
+    )  # fmt: skip
+    architecture = Architecture.from_config(config)
+    assert architecture == Architecture(2, 32, 4, 4, 8, 6, 2, 20, 44, 0, frozenset({0}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DeepseekV2Config(num_experts_per_tok=6), r"latent attention \(MLA\)"),
+        (GptOssConfig(), "sliding_attention"),
+        (Qwen3Config(), "no experts"),
+        ("internvl3.5-8b", "unknown name 'internvl3.5-8b', expected one of internvl3.5-30b-a3b"),
+    ],
+)
+def test_an_architecture_that_is_not_counted(config, message):
+    with pytest.raises(ValueError, match=f"^text_config: .*{message}"):
+        flops(config, 1, 1, FastMMoEConfig())
+
+
+@pytest.mark.parametrize(
+    ("n_text", "n_vision", "error", "message"),
+    [
+        (-1, 5, ValueError, "n_text: expected token counts >= 0, got -1"),
+        (5, [-2], ValueError, "n_vision: expected token counts >= 0, got -2"),
+        ([5, 5], [5], ValueError, "n_vision: expected 2 samples"),
+        (5, 2.5, TypeError, "n_vision: expected token counts, got 2.5"),
+        (5, [2.0], TypeError, "n_vision: expected token counts, got 2.0"),
+        (True, 5, TypeError, "n_text: expected token counts, got True"),
+        (0, 0, ValueError, "at least one token"),
+        ([], [], ValueError, "at least one token"),
+    ],
+)
+def test_bad_counts(n_text, n_vision, error, message):
+    with pytest.raises(error, match=message):
+        flops(INTERNVL, n_text, n_vision, FastMMoEConfig())
+
+
+def test_a_config_that_does_not_fit():
+    with pytest.raises(TypeError, match="config: expected a FastMMoEConfig"):
+        flops(INTERNVL, 1, 1, {})
+    with pytest.raises(ValueError, match="prune_layers"):
+        flops(INTERNVL, 1, 1, FastMMoEConfig(prune_layers=(48,), retention=0.5))
+    with pytest.raises(ValueError, match="vision_top_k"):
+        flops(INTERNVL, 1, 1, FastMMoEConfig(vision_top_k=9))
