@@ -2,8 +2,20 @@
 
 # not lazy: the functions share their names with their modules, and a later import of the module would hide them
 from fastmmoe.config import FastMMoEConfig
+from fastmmoe.enable import disable, enable, enabled
 from fastmmoe.flops import FlopsReport, flops
+from fastmmoe.report import PrefillReport, StageReport, report
 
 __version__ = "0.1.0"
 
-__all__ = ["FastMMoEConfig", "FlopsReport", "flops"]
+__all__ = [
+    "FastMMoEConfig",
+    "FlopsReport",
+    "PrefillReport",
+    "StageReport",
+    "disable",
+    "enable",
+    "enabled",
+    "flops",
+    "report",
+]

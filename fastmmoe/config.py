@@ -92,7 +92,7 @@ class FastMMoEConfig:
             return
         if self.vision_top_k > num_experts_per_tok:
             raise ValueError(
-                f"vision_top_k={self.vision_top_k}: expected at most the model's {num_experts_per_tok} experts per token"
+                f"vision_top_k={self.vision_top_k}: expected at most the model's {num_experts_per_tok}"
             )
         if self.vision_top_k < num_experts_per_tok and self.reduction_layer >= num_hidden_layers:
             raise ValueError(

@@ -23,9 +23,7 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from .processors import InternVLProcessor
-
-__all__ = ["DEMO_PROMPT", "demo_model", "demo_photograph", "demo_processor", "save_demo"]
+from fastmmoe.processors import InternVLProcessor
 
 DEMO_PROMPT = "Describe this photograph in one sentence."
 

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+from fastmmoe.report import DROPPED, KEPT, MERGED, PrefillReport
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-    from .report import PrefillReport
-
-__all__ = ["Tiling", "draw_fate", "internvl_tilings"]
-
-# values of StageReport.fate
-KEPT, MERGED, DROPPED, GONE = 0, 1, 2, 3
 
 # layout in inches; the picture is 1920 pixels wide
 WIDTH, DPI = 12.8, 150
@@ -28,7 +24,7 @@ MAX_HEIGHT = 6.0  # of one photograph
 THUMBNAIL, SPACE = 0.24, 0.08  # the thumbnail's share of a panel's width, and what lies between it and the tiles
 
 BLUE = (0.16, 0.52, 1.0)
-# red, green, blue, opacity over the photograph
+# by StageReport.fate: red, green, blue, opacity over the photograph
 TINTS = np.array([(0, 0, 0, 0), (*BLUE, 0.45), (0.05, 0.05, 0.08, 0.72), (0.05, 0.05, 0.08, 0.9)])
 
 

@@ -6,8 +6,6 @@ import transformers
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import is_torchvision_available
 
-__all__ = ["InternVLProcessor", "load_processor"]
-
 
 class InternVLProcessor(transformers.InternVLProcessor):
     """InternVL's processor for text and images.

@@ -5,6 +5,7 @@ nothing waits for the device (method section 2.1). What a stage does to the *run
 the device; it travels there as `run_rank`.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class VisionLayout:
         width: padded length n.
         lengths: valid tokens per sample.
         n_vision: vision tokens per sample.
+        tails: valid tokens behind the last vision token, per sample; all of them when it has none.
         padding_side: "left" or "right"; "left" for a batch without padding.
         run_rank: int32 [B, n], a vision token's rank in its run of consecutive vision tokens, -1 for any other token.
     """
@@ -80,6 +82,7 @@ class VisionLayout:
     width: int
     lengths: tuple[int, ...]
     n_vision: tuple[int, ...]
+    tails: tuple[int, ...]
     padding_side: str
     run_rank: torch.Tensor = field(repr=False)
 
@@ -116,10 +119,12 @@ class VisionLayout:
         # rank in the run = distance to the last token that is no vision token
         last_other = torch.where(vision, -1, position).cummax(1).values if width else position.expand(valid.shape)
         run_rank = torch.where(vision, position - last_other - 1, -1).to(torch.int32)
+        behind = valid & ~vision.flip(1).cummax(1).values.flip(1)
         return cls(
             width,
             tuple(lengths.tolist()),
             tuple(vision.sum(1).tolist()),
+            tuple(behind.sum(1).tolist()),
             "left" if is_left else "right",
             run_rank.to(device, non_blocking=True),
         )
@@ -136,9 +141,7 @@ class VisionLayout:
         """The same layout with its device side on `device`; itself when it is there already."""
         if self.run_rank.device == device:
             return self
-        return VisionLayout(
-            self.width, self.lengths, self.n_vision, self.padding_side, self.run_rank.to(device, non_blocking=True)
-        )
+        return dataclasses.replace(self, run_rank=self.run_rank.to(device, non_blocking=True))
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -148,10 +151,8 @@ class VisionLayout:
     @cached_property
     def runs(self) -> tuple[tuple[int, ...], ...]:
         """Lengths of each sample's runs of vision tokens, in order. Reads the device: not for the hot path."""
-        return tuple(
-            tuple(len(run) for run in sample)
-            for sample in self._windows_of(self.width + 1)
-        )
+        # a window longer than the row never cuts a run
+        return tuple(tuple(len(run) for run in sample) for sample in self.windows(self.width + 1))
 
     def windows(self, window: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Positions in each window, per sample: runs cut into `window` tokens, the last of a run may be short.
@@ -159,9 +160,6 @@ class VisionLayout:
         Reads the device: not for the hot path.
         """
         check_int("window", window, 1)
-        return self._windows_of(window)
-
-    def _windows_of(self, window: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
         samples = []
         for ranks in self.run_rank.tolist():
             sample: list[list[int]] = []

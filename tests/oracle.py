@@ -118,9 +118,7 @@ def moe_experts(
     return output
 
 
-def last_query_attention(
-    query: ArrayLike, key: ArrayLike, scale: float, key_mask: ArrayLike | None = None
-) -> NDArray:
+def last_query_attention(query: ArrayLike, key: ArrayLike, scale: float, key_mask: ArrayLike | None = None) -> NDArray:
     """Attention of one query to every valid key, mean over query heads: [B, n]; zeros where a sample has no valid key.
 
     query [B, Hq, D], key [B, Hkv, n, D] (query head h reads key head h // (Hq / Hkv)), key_mask [B, n].

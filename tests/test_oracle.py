@@ -1,6 +1,6 @@
 """The C++ reference against numbers worked out by hand.
 
-Logits are written as logarithms, so that the probabilities are round: softmax(log p) = p, sigmoid(log(p / (1 - p))) = p.
+Logits are written as logarithms, so that the probabilities are round: softmax(log p) = sigmoid(log(p / (1 - p))) = p.
 """
 
 import oracle
@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 
 def check(actual, expected):
-    assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
+    # not tighter: the 1e-10 in the definition of A is left out of the numbers below, except where it matters.
+    assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def sigmoid_logits(*p):
@@ -113,11 +114,9 @@ def test_routing_group_limited(topk_group, bias, expected):
 
 
 def test_routing_groups_of_three_count_their_two_best():
-    # sums of two: 0.40 and 0.41; of three they would be 0.59 and 0.41
-    p = [[0.20, 0.20, 0.19, 0.40, 0.01, 0.00]]
-    ids, _, _ = oracle.topk_routing(
-        sigmoid_logits(*[x or 1e-9 for x in p[0]]), 2, scoring="sigmoid", n_group=2, correction_bias=zeros(6)
-    )
+    # sums of two: 0.40 and 0.42; of three they would be 0.59 and 0.43
+    logits = sigmoid_logits(0.20, 0.20, 0.19, 0.40, 0.02, 0.01)
+    ids, _, _ = oracle.topk_routing(logits, 2, scoring="sigmoid", n_group=2, correction_bias=zeros(6))
     assert_array_equal(ids, [[3, 4]])
 
 
@@ -141,9 +140,7 @@ def test_routing_negative_scores_still_beat_other_groups():
 
 def test_routing_original_sum_stays_within_the_chosen_groups():
     # group 0 only: the original two are 0.30 + 0.02
-    _, weights, _ = oracle.topk_routing(
-        SIX, 2, n_group=3, vision_mask=[True], vision_top_k=1, norm_topk_prob=False
-    )
+    _, weights, _ = oracle.topk_routing(SIX, 2, n_group=3, vision_mask=[True], vision_top_k=1, norm_topk_prob=False)
     check(weights, [[0.32, 0]])
 
 
@@ -289,9 +286,7 @@ def test_redundancy_per_sample_in_batch_order():
     valid = array([[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]], bool)
     probs = array([[[1, 0], [1, 0], [1, 0], [0, 1]], full((4, 2), nan), [[nan, nan], [nan, nan], [1, 0], [1, 0]]])
     importance = array([[1, 3, 5, 3], full(4, nan), [nan, nan, 0.1, 0.3]])
-    s, a, c = oracle.window_redundancy(
-        probs, importance, vision, valid, window=2, alpha=0.5, strategy="hybrid"
-    )
+    s, a, c = oracle.window_redundancy(probs, importance, vision, valid, window=2, alpha=0.5, strategy="hybrid")
     check(s, [1, sqrt(0.5), 1])
     check(a, [0.5, 1, 1])  # means 2 and 4 over 4; 0.2 over 0.2
     check(c, [0.25, sqrt(0.5) / 2 - 0.5, 0])
@@ -391,7 +386,7 @@ def test_prune_window_of_one_may_merge():
     # V T V V V, window 2: windows (0), (2, 3), (4); the least attention is on (0), which then stands for itself
     vision = array([[1, 0, 1, 1, 1]], bool)
     x = array([[[3.0, 4], [0, 0], [1, 1], [2, 2], [9, 9]]])
-    _, _, index, merged = hidden, residual, index, merged = oracle.prune_tokens(
+    hidden, _, index, merged = oracle.prune_tokens(
         x, x, ones((1, 5, 2)), [[0.1, 9, 0.2, 0.3, 0.9]], vision, None, keep_ratio=0.5, merge_ratio=0.5, window=2,
         alpha=0.5, strategy="dynamic_attention", merge_method="mlerp",
     )  # fmt: skip
@@ -401,7 +396,7 @@ def test_prune_window_of_one_may_merge():
 
 
 def ragged_batch(padding_side):
-    """Four samples of eight positions: the one above; three text tokens; one of text, one of vision; no token at all."""
+    """Four samples of eight positions: the one above; three text tokens; a text and a vision token; no token at all."""
     lengths = [8, 3, 2, 0]
     valid = array([[j < length for j in range(8)] for length in lengths])
     vision = zeros((4, 8), bool)

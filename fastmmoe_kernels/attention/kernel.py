@@ -13,7 +13,7 @@ from fastmmoe_kernels.variant import KernelVariant
 
 # nothing that changes with the number of keys may be specialised: a new length must not compile anew
 @triton.jit(
-    do_not_specialize=["num_keys", "stride_qb", "stride_qh", "stride_qd", "stride_kb", "stride_kh"],
+    do_not_specialize=["num_keys", "stride_qb", "stride_qh", "stride_kb", "stride_kh"],
     do_not_specialize_on_alignment=["query_ptr", "key_ptr", "mask_ptr"],
 )
 def attention_logits_kernel(
@@ -185,3 +185,35 @@ def last_query_attention_triton(
         **mean_blocks(num_heads),
     )
     return output
+
+
+def aot_variants() -> list[KernelVariant]:
+    """Every shipped configuration, for `python -m fastmmoe_kernels.aot`."""
+    # query heads, key heads, head dimension: InternVL3.5-30B-A3B, Qwen3-VL-235B-A22B, DeepSeek-VL2 Tiny, Small, Base
+    models = [(32, 4, 128), (64, 4, 128), (10, 10, 128), (16, 16, 192), (32, 32, 192)]
+    group_shapes = sorted({(heads // kv_heads, head_dim) for heads, kv_heads, head_dim in models})
+    launches = [  # query heads per key head, head dimension, type, whether there is a mask, whether rows are aligned
+        *((*shape, "bf16", has_mask, True) for shape in group_shapes for has_mask in (False, True)),
+        *((*shape, dtype, True, True) for shape in ((8, 128), (1, 192)) for dtype in ("fp16", "fp32")),
+        (8, 128, "bf16", True, False),
+    ]
+    variants = [
+        KernelVariant(
+            attention_logits_kernel,
+            {"query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "mask_ptr": "*i1" if has_mask else f"*{dtype}",
+             "logits_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "num_keys": "i32", "stride_qb": "i32",
+             "stride_qh": "i32", "stride_kb": "i32", "stride_kh": "i32", "stride_kn": "i32", "scale": "fp32"},
+            {"stride_qd": 1, "stride_kd": 1, "D": head_dim, "HEADS_PER_GROUP": heads, "HAS_MASK": has_mask,
+             "ALIGNED": aligned, **attention_blocks(heads, head_dim, 4 if dtype == "fp32" else 2)},
+        )
+        for heads, head_dim, dtype, has_mask, aligned in launches
+    ]  # fmt: skip
+    variants += [
+        KernelVariant(
+            attention_mean_kernel,
+            {"logits_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "output_ptr": "*fp32", "num_keys": "i32"},
+            {"NUM_HEADS": heads, "BLOCK_N": block_n, **mean_blocks(heads)},
+        )
+        for heads, block_n in sorted({(h, attention_blocks(h // kv, d, 2)["BLOCK_N"]) for h, kv, d in models})
+    ]
+    return variants

@@ -1,5 +1,6 @@
 """One prune stage: merge the most redundant windows, keep the most important tokens (paper 3.3; method 2.5-2.7)."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -106,7 +107,9 @@ def prune_tokens(
         merge_method,
         backend,
     )
-    short = VisionLayout(counts.width, counts.lengths, counts.targets, layout.padding_side, run_rank)
+    short = dataclasses.replace(
+        layout, width=counts.width, lengths=counts.lengths, n_vision=counts.targets, run_rank=run_rank
+    )
     return PruneOutput(short_hidden, short_residual, index, merged, short)
 
 

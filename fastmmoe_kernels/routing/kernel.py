@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastmmoe_kernels.variant import KernelVariant
+
 
 @triton.jit
 def _best_first(scores, index, BLOCK: tl.constexpr):
@@ -120,10 +122,10 @@ def topk_routing_kernel(
 
 
 def routing_blocks(num_experts: int, top_k: int, n_group: int) -> dict[str, int]:
-    """Block sizes: about 4,096 scores per program, at least one token."""
+    """Block sizes: about 1,024 scores per program (4,096 spill registers from 72 experts on), at least one token."""
     block_e = triton.next_power_of_2(num_experts)
     return {
-        "BLOCK_T": max(1, 4096 // block_e),
+        "BLOCK_T": max(1, 1024 // block_e),
         "BLOCK_E": block_e,
         "BLOCK_G": triton.next_power_of_2(n_group),
         "BLOCK_K": triton.next_power_of_2(top_k),
@@ -175,3 +177,37 @@ def topk_routing_triton(
         **blocks,
     )
     return ids, weights, probs
+
+
+def aot_variants() -> list[KernelVariant]:
+    """Every shipped configuration, for `python -m fastmmoe_kernels.aot`."""
+    # experts, top k, sigmoid, normalise, bias, groups, groups chosen: Qwen3-MoE (InternVL3.5, Qwen3-VL), DeepSeek-VL2
+    # Small and Base, and the group-limited gate of DeepSeek-V3
+    gates = [
+        (128, 8, False, True, False, 1, 1),
+        (64, 6, False, False, False, 1, 1),
+        (72, 6, True, True, True, 1, 1),
+        (256, 8, True, True, True, 8, 4),
+    ]
+    launches = [  # type of the logits, whether vision tokens are reduced, whether probabilities are stored
+        ("*fp32", False, False),
+        ("*fp32", True, False),
+        ("*fp32", True, True),
+        ("*bf16", True, False),
+        ("*fp16", True, False),
+    ]
+    return [
+        KernelVariant(
+            topk_routing_kernel,
+            {"logits_ptr": dtype, "vision_ptr": "*i1" if reduced else dtype, "bias_ptr": "*fp32" if bias else dtype,
+             "ids_ptr": "*i32", "weights_ptr": "*fp32", "probs_ptr": "*fp32", "num_tokens": "i32",
+             "stride_token": "i32", "scaling": "fp32"},
+            {"stride_expert": 1, "E": experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k,
+             "SIGMOID": sigmoid, "NORMALIZE": normalize, "RENORMALIZE": True, "HAS_BIAS": bias,
+             "STORE_PROBS": store_probs, "N_GROUP": n_group, "TOPK_GROUP": topk_group,
+             **routing_blocks(experts, top_k, n_group)},
+            unaligned=("stride_token",) if experts % 16 else (),
+        )
+        for experts, top_k, sigmoid, normalize, bias, n_group, topk_group in gates
+        for dtype, reduced, store_probs in launches
+    ]  # fmt: skip

@@ -171,7 +171,7 @@ def test_what_text_config_may_be():
     text = Qwen3MoeConfig(
         num_hidden_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
         num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, intermediate_size=6144,
-    )  # fmt: skip
+    )
     expected = flops(ARCHITECTURES[INTERNVL], 100, 1792, OFFICIAL_HALF)
     composite = InternVLConfig(text_config=text)
     names = ["OpenGVLab/InternVL3_5-30B-A3B-HF", "Qwen/Qwen3-VL-30B-A3B-Instruct"]
@@ -183,7 +183,7 @@ def test_defaults_of_a_config_without_the_optional_attributes():
     config = SimpleNamespace(
         num_hidden_layers=2, hidden_size=32, num_attention_heads=4, n_routed_experts=6, num_experts_per_tok=2,
         moe_intermediate_size=20, intermediate_size=44, mlp_layer_types=["dense", "sparse"],
-    )  # fmt: skip
+    )
     architecture = Architecture.from_config(config)
     assert architecture == Architecture(2, 32, 4, 4, 8, 6, 2, 20, 44, 0, frozenset({0}))
 

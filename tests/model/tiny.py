@@ -82,6 +82,8 @@ def _spread(model: torch.nn.Module, seed: int) -> None:
             gain = 3.0 if "lm_head" in name else 2.0 if "gate.weight" in name else 1.2 if "experts" in name else 1.0
             fan_in = weight.shape[-1] if weight.ndim == 3 else weight[0].numel()  # experts are [E, out, in]
             weight.copy_(gain * fan_in**-0.5 * noise)
+    # as in trained models, an image token is not something to say
+    model.lm_head.weight[model.config.image_token_id] = 0.0
 
 
 def tiny_batch(

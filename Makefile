@@ -1,0 +1,57 @@
+# Everything runs in .venv, made from constraints.txt on first use. Needs Python >= 3.11 with venv, and a C++ compiler
+# for the tests.
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test lint aot wheel bench reference clean
+
+help:
+	@echo "make demo       run FastMMoE on a tiny model and a photograph, draw what it kept"
+	@echo "make test       all tests"
+	@echo "make lint       ruff"
+	@echo "make aot        compile every kernel for every GPU target, without a GPU"
+	@echo "make wheel      build dist/fastmmoe-*.whl"
+	@echo "make bench      benchmark the prefill"
+	@echo "make reference  compile the C++ reference"
+	@echo "make venv       only install"
+	@echo "make clean      remove what was built, $(VENV) included"
+
+# torch goes first and alone: nothing else may choose its version or build
+$(STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable ".[test,bench]"
+	touch $@
+
+venv: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/fastmmoe demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --durations=10
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+# the interpreter would replace the very compiler this checks
+aot: $(STAMP)
+	env -u TRITON_INTERPRET $(BIN)/python -m fastmmoe_kernels.aot
+
+# setuptools would pack files of an earlier build that the sources no longer have
+wheel: $(STAMP)
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+bench: $(STAMP)
+	$(BIN)/python bench/bench_prefill.py
+
+reference:
+	$(MAKE) -C csrc_ref
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,348 @@
+"""The commands behind `fastmmoe`. Figures go to stdout, progress and errors to stderr; bad input exits with code 2."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import fastmmoe
+from fastmmoe import doctor as doctor_
+from fastmmoe.compare import Comparison, build_inputs
+from fastmmoe.compare import compare as compare_
+from fastmmoe.flops import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel
+
+    from fastmmoe.report import PrefillReport
+
+
+app = typer.Typer(
+    help="Faster prefill of multimodal mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+stderr = Console(stderr=True)
+
+# options that several commands share
+Images = Annotated[list[Path] | None, typer.Option("--image", help="Image file; repeat for several images.")]
+Retention = Annotated[float, typer.Option(help="Share of the vision tokens left after the last prune layer.")]
+VisionTopK = Annotated[int | None, typer.Option(help="Experts per vision token.", show_default="half of the model's")]
+Layers = Annotated[
+    str | None, typer.Option("--prune-layers", help="Layers that prune, such as 5,8,12.", show_default="the preset's")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+
+
+@app.command(epilog="Example: fastmmoe demo --retention 0.5 --output picture.png")
+def demo(
+    images: Images = None,
+    prompt: Annotated[str | None, typer.Option(help="The question.", show_default="a fixed one")] = None,
+    retention: Retention = 0.5,
+    output: Annotated[Path, typer.Option(help="Where to draw what became of each token.")] = Path("fastmmoe_demo.png"),
+    max_new_tokens: NewTokens = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the model's random weights.")] = 0,
+    json: Json = False,
+) -> None:
+    """Try FastMMoE on a small random model of InternVL3.5's architecture: no GPU, no download."""
+    _need("demo", "PIL", "matplotlib", *(() if images else ("skimage",)))
+    from fastmmoe import demo as demo_
+
+    _check_output(output)
+    pictures = _open_images(images) if images else [demo_.demo_photograph()]
+    with _progress("building the model"):
+        model, processor = demo_.demo_model(seed), demo_.demo_processor()
+    with _refusing(ValueError, TypeError):
+        config = fastmmoe.FastMMoEConfig.preset(model, retention=retention)
+    result = _compare(model, processor, pictures, prompt or demo_.DEMO_PROMPT, config, max_new_tokens, output)
+    _show("demo", result, output, json)
+    if not json:
+        console.print("The demo's weights are random: its answers are babble, only their cost means something.")
+
+
+@app.command(
+    epilog="Example: fastmmoe run --model OpenGVLab/InternVL3_5-30B-A3B-HF --image a.jpg --prompt 'What is it?'"
+)
+def run(
+    model: Annotated[str, typer.Option(help="Checkpoint directory or hub id.")],
+    images: Annotated[list[Path], typer.Option("--image", help="Image file; repeat for several images.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    retention: Retention = 0.5,
+    vision_top_k: VisionTopK = None,
+    prune_layers: Layers = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of routing similarity in [0, 1].", show_default="the preset's")
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="hybrid, routing_similarity or dynamic_attention.", show_default="the preset's"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "auto",
+    max_new_tokens: NewTokens = 128,
+    output: Annotated[Path | None, typer.Option(help="PNG to draw what became of each token (InternVL).")] = None,
+    json: Json = False,
+) -> None:
+    """Ask a checkpoint about images, with FastMMoE off and on, and compare answers, FLOPs and prefill times."""
+    _need("demo", "PIL", *(("matplotlib",) if output else ()))
+    from transformers import AutoModelForImageTextToText
+
+    from fastmmoe.processors import load_processor
+
+    if output:
+        _check_output(output)
+    pictures = _open_images(images)
+    given = {"vision_top_k": vision_top_k, "prune_layers": _layers(prune_layers), "alpha": alpha, "strategy": strategy}
+    target = _device(device)
+    with _refusing(OSError, ValueError, ImportError), _progress("loading the model"):
+        processor = load_processor(model)
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(target).eval()
+    with _refusing(ValueError, TypeError):
+        overrides = {name: value for name, value in given.items() if value is not None}
+        config = fastmmoe.FastMMoEConfig.preset(loaded, retention=retention, **overrides)
+    result = _compare(loaded, processor, pictures, prompt, config, max_new_tokens, output)
+    _show(model, result, output, json)
+
+
+@app.command(
+    epilog="Example: fastmmoe flops internvl3.5-30b-a3b --text 100 --vision 1792 --vision-top-k 4 "
+    "--prune-layers 5,8,12 --retention 0.5"
+)
+def flops(
+    model: Annotated[str, typer.Argument(help=f"A checkpoint directory, or one of {', '.join(ARCHITECTURES)}.")],
+    text: Annotated[int, typer.Option(min=0, help="Text tokens of the prompt.")] = 100,
+    vision: Annotated[int, typer.Option(min=0, help="Vision tokens of the prompt.")] = 1792,
+    vision_top_k: Annotated[
+        int | None, typer.Option(help="Experts per vision token.", show_default="the model's")
+    ] = None,
+    reduction_layer: Annotated[int, typer.Option(help="First layer that uses --vision-top-k.")] = 2,
+    prune_layers: Annotated[
+        str | None, typer.Option(help="Layers that prune, such as 5,8,12.", show_default="none")
+    ] = None,
+    retention: Retention = 1.0,
+    json: Json = False,
+) -> None:
+    """Count a prefill's FLOPs, dense and with FastMMoE (the language model only), without loading any weights."""
+    from transformers import AutoConfig
+
+    with _refusing(OSError, ValueError, TypeError):
+        config = fastmmoe.FastMMoEConfig(
+            vision_top_k=vision_top_k,
+            reduction_layer=reduction_layer,
+            prune_layers=_layers(prune_layers) or (),
+            retention=retention,
+        )
+        architecture = AutoConfig.from_pretrained(model) if Path(model).is_dir() else model
+        report = fastmmoe.flops(architecture, text, vision, config)
+    if json:
+        question = {"model": model, "n_text": text, "n_vision": vision, "config": config.to_dict()}
+        _print_json({**question, **asdict(report)})
+        return
+    unit, name = (1e12, "TFLOPs") if report.dense >= 1e12 else (1e9, "GFLOPs")
+    table = Table("layers", title=f"{model}: prefill of {text:,} text and {vision:,} vision tokens, in {name}")
+    for column in ("attention tokens", "MoE tokens", "dense", "FastMMoE", "saved"):
+        table.add_column(column, justify="right")
+    for _, group in groupby(report.per_layer, lambda row: (row.attention_tokens, row.moe_tokens, row.reduced)):
+        rows = list(group)
+        dense, reduced = sum(row.dense for row in rows), sum(row.reduced for row in rows)
+        tokens = f"{rows[0].attention_tokens:,}", f"{rows[0].moe_tokens:,}"
+        figures = f"{dense / unit:.2f}", f"{reduced / unit:.2f}", f"{1 - reduced / dense:.1%}"
+        table.add_row(_span([row.layer for row in rows]), *tokens, *figures)
+    table.add_section()
+    figures = f"{report.dense / unit:.2f}", f"{report.reduced / unit:.2f}", f"{report.saved:.1%}"
+    table.add_row("all", "", "", *figures, style="bold")
+    console.print(table)
+
+
+@app.command(epilog="Example: fastmmoe doctor --json")
+def doctor(json: Json = False) -> None:
+    """Tell what this machine offers to FastMMoE, what is missing, and how to get it."""
+    findings = doctor_.examine()
+    if json:
+        _print_json({"findings": [asdict(finding) for finding in findings]})
+        return
+    table = Table("", "", "found")
+    table.add_column("to do", overflow="fold")
+    for group, members in groupby(findings, lambda finding: finding.group):
+        for finding in members:
+            style = "" if finding.ok else "yellow"
+            table.add_row(group, finding.name, escape(finding.found), escape(finding.advice), style=style)
+            group = ""
+        table.add_section()
+    console.print(table)
+
+
+def _compare(
+    model: PreTrainedModel,
+    processor: Any,
+    images: Sequence[Image],
+    prompt: str,
+    config: fastmmoe.FastMMoEConfig,
+    max_new_tokens: int,
+    output: Path | None,
+) -> Comparison:
+    """Check everything that can be refused, run both ways, and draw the picture if one is wanted."""
+    with _refusing(ValueError, TypeError):
+        # an unsupported model or a layer it does not have, before any work is done
+        with fastmmoe.enabled(model, config):
+            pass
+        if output:
+            from fastmmoe.picture import draw_fate, internvl_tilings
+
+            tilings = internvl_tilings(processor, images)
+    inputs = build_inputs(model, processor, images, prompt)
+    runs = 5
+    with _progress("", total=2 + runs) as step:
+        result = compare_(model, processor, inputs, config, max_new_tokens=max_new_tokens, runs=runs, progress=step)
+    if output and result.report.stages:
+        draw_fate(output, images, tilings, result.report)
+    return result
+
+
+def _show(model: str, result: Comparison, output: Path | None, json: bool) -> None:
+    report = result.report
+    drawn = str(output) if output and report.stages else None
+    if json:
+        _print_json({"model": model, **result.to_dict(), "picture": drawn})
+        return
+    console.print(_cost_table(result))
+    console.print(_token_table(report))
+    if report.stages:
+        console.print(_stage_table(report))
+    console.print("[bold]off:[/]", escape(result.dense_answer), soft_wrap=True)
+    console.print("[bold]on: [/]", escape(result.fast_answer), soft_wrap=True)
+    if drawn:
+        console.print(f"picture: {escape(drawn)}", soft_wrap=True)
+    elif output:
+        console.print("no picture: no layer pruned vision tokens")
+
+
+def _cost_table(result: Comparison) -> Table:
+    counted = result.report.flops
+    table = Table("prefill", title=f"{result.report.n_text[0]:,} text and {result.report.n_vision[0]:,} vision tokens")
+    for name in ("FastMMoE off", "on", "saved"):
+        table.add_column(name, justify="right")
+    table.add_row("language model", _flops(counted.dense), _flops(counted.reduced), f"{counted.saved:.1%}")
+    table.add_row(
+        f"time, vision tower included (median of {result.runs})",
+        f"{result.dense_prefill * 1e3:,.0f} ms",
+        f"{result.fast_prefill * 1e3:,.0f} ms",
+        f"{1 - result.fast_prefill / result.dense_prefill:.1%}",
+    )
+    return table
+
+
+def _token_table(report: PrefillReport) -> Table:
+    table = Table("layers", title="tokens in the MoE")
+    table.add_column("tokens", justify="right")
+    tokens = [per_sample[0] for per_sample in report.tokens_per_layer]
+    for count, group in groupby(range(len(tokens)), tokens.__getitem__):
+        table.add_row(_span(list(group)), f"{count:,}")
+    return table
+
+
+def _stage_table(report: PrefillReport) -> Table:
+    table = Table("layer", title="vision tokens")
+    for name in ("entering", "kept", "merged", "dropped"):
+        table.add_column(name, justify="right")
+    for stage in report.stages:
+        counts = (stage.entering[0], stage.kept[0], stage.merged[0], stage.dropped[0])
+        table.add_row(str(stage.layer), *(f"{count:,}" for count in counts))
+    table.caption = "merged: tokens that stand for a whole window each"
+    return table
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e12:.2f} TFLOPs" if value >= 1e12 else f"{value / 1e9:.2f} GFLOPs"
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+
+
+def _print_json(value: dict) -> None:
+    typer.echo(json_.dumps(value, indent=2))
+
+
+def _fail(message: str) -> NoReturn:
+    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def _refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn what bad input raises into one line and exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        _fail((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+@contextmanager
+def _progress(description: str, total: int | None = None):
+    """A progress bar on stderr; yields a function that names the next step."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        bar.update(task, completed=-1 if total else None)
+        yield lambda step: bar.update(task, description=step, advance=1)
+
+
+def _need(extra: str, *modules: str) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        _fail(f"this needs {', '.join(missing)}: pip install 'fastmmoe[{extra}]'")
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+        _fail(f"--output {output}: expected a .png file in a directory that exists")
+
+
+def _open_images(paths: Sequence[Path]) -> list[Image]:
+    from PIL import Image, ImageOps
+
+    images = []
+    for path in paths:
+        try:
+            images.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        except OSError as error:  # also Pillow's own for what is no image
+            reason = error.strerror or "not an image that Pillow can read"
+            _fail(f"--image {path}: {reason}")
+    return images
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(layer) for layer in text.split(",") if layer.strip())
+    except ValueError:
+        _fail(f"--prune-layers {text}: expected layer numbers such as 5,8,12")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _refusing(RuntimeError):
+        device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        _fail(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
+    return device

@@ -1,0 +1,146 @@
+"""What the last prefill did: tokens per layer, what was kept, merged and dropped, and the FLOPs."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from torch import nn
+
+from fastmmoe.enable import hooks_of
+from fastmmoe.flops import FlopsReport, flops
+from fastmmoe.prefill import Segment
+
+KEPT, MERGED, DROPPED, GONE = range(4)  # values of StageReport.fate
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One prune stage; all counts per sample.
+
+    Attributes:
+        layer: the decoder layer.
+        entering: vision tokens that reach the stage.
+        kept: survivors as they were.
+        merged: survivors that stand for a merged window.
+        dropped: entering - kept - merged.
+        fate: int8 [n_vision of the prompt] per sample, in sequence order: 0 kept, 1 member of a merged window,
+            2 dropped here, 3 gone at an earlier stage.
+    """
+
+    layer: int
+    entering: tuple[int, ...]
+    kept: tuple[int, ...]
+    merged: tuple[int, ...]
+    dropped: tuple[int, ...]
+    fate: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class PrefillReport:
+    """The last prefill of an enabled model.
+
+    Attributes:
+        n_text, n_vision: tokens of the prompt, per sample.
+        tokens_per_layer: per layer and sample, the tokens in that layer's MoE (or MLP).
+        stages: one per prune layer.
+        flops: FLOPs of the language model's prefill over the whole batch.
+    """
+
+    n_text: tuple[int, ...]
+    n_vision: tuple[int, ...]
+    tokens_per_layer: tuple[tuple[int, ...], ...]
+    stages: tuple[StageReport, ...]
+    flops: FlopsReport
+
+    def to_dict(self) -> dict:
+        """A JSON-able dict, without `fate`."""
+        stages = [{k: v for k, v in asdict(stage).items() if k != "fate"} for stage in self.stages]
+        return {
+            "n_text": list(self.n_text),
+            "n_vision": list(self.n_vision),
+            "tokens_per_layer": [list(tokens) for tokens in self.tokens_per_layer],
+            "stages": stages,
+            "flops": {"dense": self.flops.dense, "reduced": self.flops.reduced, "saved": self.flops.saved},
+        }
+
+    def __str__(self) -> str:
+        f = self.flops
+        lines = [
+            f"prompt: {sum(self.n_vision)} vision + {sum(self.n_text)} text tokens in {len(self.n_text)} sample(s)",
+            *(
+                f"layer {s.layer:>3}: {sum(s.entering)} vision tokens -> {sum(s.kept)} kept + {sum(s.merged)} merged, "
+                f"{sum(s.dropped)} dropped"
+                for s in self.stages
+            ),
+            "tokens per layer: " + " ".join(str(sum(tokens)) for tokens in self.tokens_per_layer),
+            f"language model FLOPs: {f.dense:.4g} dense, {f.reduced:.4g} now, {f.saved:.1%} saved",
+        ]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> PrefillReport:
+    """Describe the last prefill with vision tokens. Reads the device; costs nothing until it is called.
+
+    Raises:
+        RuntimeError: FastMMoE is not enabled on `model`, or no prefill with vision tokens has run since.
+    """
+    hooks = hooks_of(model)
+    if hooks is None:
+        raise RuntimeError("model: FastMMoE is not enabled; call fastmmoe.enable(model, config) first")
+    if hooks.last is None:
+        raise RuntimeError("model: no prefill with vision tokens has run since FastMMoE was enabled")
+    segments = hooks.last
+    layout = segments[0].layout
+    n_text = tuple(length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True))
+    prune_layers = hooks.config.prune_layers
+    return PrefillReport(
+        n_text=n_text,
+        n_vision=layout.n_vision,
+        tokens_per_layer=tuple(
+            segments[sum(p <= layer for p in prune_layers)].layout.lengths
+            for layer in range(hooks.text_config.num_hidden_layers)
+        ),
+        stages=_stages(segments, prune_layers, hooks.config.window),
+        flops=flops(hooks.text_config, n_text, layout.n_vision, hooks.config),
+    )
+
+
+def _stages(segments: list[Segment], layers: tuple[int, ...], window: int) -> tuple[StageReport, ...]:
+    """Follow every vision token of the prompt through the stages."""
+    # the prompt's vision tokens, per sample: positions in the input, and whether each is still there
+    vision = [np.flatnonzero(row) for row in segments[0].layout.vision_mask.cpu().numpy()]
+    stages = []
+    for layer, before, after in zip(layers, segments, segments[1:], strict=False):
+        is_stage = after is not before
+        fates, merged = [], []
+        for sample, tokens in enumerate(vision):
+            entering = _positions(before, sample)
+            survivors = _positions(after, sample)
+            heads = survivors[after.merged[sample].cpu().numpy()] if is_stage else survivors[:0]
+            fate = np.full(len(tokens), GONE, np.int8)
+            fate[np.isin(tokens, entering)] = DROPPED
+            fate[np.isin(tokens, survivors)] = KEPT
+            if len(heads):
+                windows = before.layout.windows(window)[sample]
+                members = [entering[list(w)] for w in windows if entering[w[0]] in heads]
+                fate[np.isin(tokens, np.concatenate(members))] = MERGED
+            fates.append(fate)
+            merged.append(len(heads))
+        left = after.layout.n_vision
+        stages.append(
+            StageReport(
+                layer=layer,
+                entering=before.layout.n_vision,
+                kept=tuple(n - m for n, m in zip(left, merged, strict=True)),
+                merged=tuple(merged),
+                dropped=tuple(n - m for n, m in zip(before.layout.n_vision, left, strict=True)),
+                fate=tuple(fates),
+            )
+        )
+    return tuple(stages)
+
+
+def _positions(segment: Segment, sample: int) -> np.ndarray:
+    """Position in the prompt of each token of a segment, padding included (-1)."""
+    if segment.index is None:
+        return np.where(segment.valid[sample].cpu().numpy(), np.arange(segment.valid.shape[1]), -1)
+    return segment.index[sample].cpu().numpy()

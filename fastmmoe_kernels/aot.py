@@ -1,0 +1,216 @@
+"""Compile every shipped kernel configuration on a machine with no GPU, and judge the machine code.
+
+    python -m fastmmoe_kernels.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels NAME] [--json FILE]
+
+Each op's `kernel.py` lists its configurations in `aot_variants()`. A configuration fails when it does not compile,
+spills registers to memory, needs more shared memory than a block of the target may have, or is a 16-bit GEMM that does
+not use wgmma on sm_90. Exit status: 0 all pass, 1 something failed, 2 wrong arguments or no Triton.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+
+import fastmmoe_kernels
+from fastmmoe_kernels.backend import TRITON_INSTALLED
+from fastmmoe_kernels.variant import KernelVariant
+
+# shared memory that one block may have, bytes
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the compiler made of one configuration on one target.
+
+    Attributes:
+        registers: per thread (vector registers on AMD).
+        spill_bytes: memory per thread for values that fit no register.
+        shared_bytes: shared memory (LDS) per block.
+        wgmma: wgmma instructions in the PTX.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma: int
+
+
+def find_problems(variant: KernelVariant, target: str, code: MachineCode) -> list[str]:
+    """Why `code` must not ship; empty when it may."""
+    problems = []
+    if code.spill_bytes > 0:
+        problems.append(f"spills {code.spill_bytes} bytes")
+    if code.shared_bytes > SHARED_LIMIT[target]:
+        problems.append(f"{code.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[target]}")
+    is_16_bit = any("bf16" in kind or "fp16" in kind for kind in variant.signature.values())
+    if variant.is_gemm and target == "sm_90" and is_16_bit and code.wgmma == 0:
+        problems.append("16-bit GEMM without wgmma")
+    return problems
+
+
+def compile_variant(variant: KernelVariant, target: str) -> MachineCode:
+    """Compile for `target`, a key of `SHARED_LIMIT`, with the hints that a launch would give."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    known = variant.signature.keys() | variant.constants.keys()
+    if known != set(variant.kernel.arg_names):
+        raise ValueError(f"signature and constants differ from the arguments in {known ^ set(variant.kernel.arg_names)}")
+    for param in variant.kernel.params:
+        if param.do_not_specialize and param.name in variant.constants:
+            raise ValueError(f"{param.name} is a constant here, but a launch would not specialise it")
+    source = ASTSource(
+        variant.kernel,
+        {name: variant.signature.get(name, "constexpr") for name in variant.kernel.arg_names},
+        variant.constants,
+        _divisible_by_16(variant),
+    )
+    is_amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=gpu, options=options)
+    shared = compiled.metadata.shared
+    return _read_amd(compiled.asm, shared) if is_amd else _read_nvidia(compiled.asm, shared)
+
+
+def _divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list]:
+    attributes = {}
+    for param in variant.kernel.params:
+        kind = variant.signature.get(param.name, "")
+        is_specialized = not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+        if kind.startswith(("*", "i")) and is_specialized and param.name not in variant.unaligned:
+            attributes[(param.num,)] = [["tt.divisibility", 16]]
+    return attributes
+
+
+def _read_nvidia(asm: dict, shared: int) -> MachineCode:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    field = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    # Triton's kernels have no stack of their own: what stands there are spilled registers
+    return MachineCode(field["REG"], field["STACK"] + field["LOCAL"], shared, asm["ptx"].count("wgmma.mma_async"))
+
+
+def _read_amd(asm: dict, shared: int) -> MachineCode:
+    names = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+    field = {name: int(value) for name, value in re.findall(rf"\.({names}):\s*(\d+)", asm["amdgcn"])}
+    # scalar registers spill to lanes of vector registers; when those run out, to the private segment
+    spilled = max(field["private_segment_fixed_size"], 4 * field["vgpr_spill_count"])
+    return MachineCode(field["vgpr_count"], spilled, shared, 0)
+
+
+@cache
+def shipped_variants() -> list[KernelVariant]:
+    """The variants of all ops, in an order that does not depend on the process."""
+    variants = []
+    for package in pkgutil.iter_modules(fastmmoe_kernels.__path__, "fastmmoe_kernels."):
+        if package.ispkg:
+            variants += importlib.import_module(f"{package.name}.kernel").aot_variants()
+    return sorted(variants, key=lambda v: (v.kernel.__name__, str(v.signature), str(v.constants), v.num_warps))
+
+
+def _list_jobs(targets: list[str], kernels: str) -> list[tuple[int, str]]:
+    return [
+        (index, target)
+        for index, variant in enumerate(shipped_variants())
+        if kernels in variant.kernel.__name__
+        for target in targets
+        if target in variant.targets
+    ]
+
+
+def _run_job(index: int, target: str) -> dict:
+    """One line of the report."""
+    warnings.filterwarnings("ignore", module="triton")
+    variant = shipped_variants()[index]
+    record = {
+        "kernel": variant.kernel.__name__,
+        "config": variant.constants | {"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        "types": variant.signature,
+        "target": target,
+    }
+    try:
+        code = compile_variant(variant, target)
+    except Exception as error:  # whatever the compiler throws belongs in the report, beside the other kernels
+        reason = str(error).strip().splitlines()
+        problem = f"does not compile: {type(error).__name__}: {reason[-1] if reason else ''}"
+        return record | dict.fromkeys(MachineCode.__dataclass_fields__) | {"problems": [problem]}
+    return record | asdict(code) | {"problems": find_problems(variant, target, code)}
+
+
+def compile_all(targets: list[str], kernels: str = "") -> list[dict]:
+    """Compile the variants of kernels whose name contains `kernels`, in two processes; one record per line."""
+    # a kernel imported under the interpreter cannot be compiled: only the workers import them, and without it
+    os.environ.pop("TRITON_INTERPRET", None)
+    records = {}
+    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+        jobs = pool.submit(_list_jobs, targets, kernels).result()
+        running = {pool.submit(_run_job, *job): job for job in jobs}
+        for done, future in enumerate(as_completed(running), 1):
+            record = records[running[future]] = future.result()
+            if sys.stderr.isatty():
+                line = f"{done}/{len(jobs)} {record['kernel']} {record['target']}"
+                print(f"\r{line:<100}", end="" if done < len(jobs) else "\n", file=sys.stderr, flush=True)
+            elif done * 10 // len(jobs) > (done - 1) * 10 // len(jobs):
+                print(f"compiled {done}/{len(jobs)}", file=sys.stderr, flush=True)
+    return [records[job] for job in jobs]
+
+
+def _print_table(records: list[dict]) -> None:
+    print(f"{'kernel':<26} {'target':<7} {'registers':>9} {'spill':>6} {'shared':>7} {'wgmma':>5}  config")
+    for record in records:
+        numbers = [record[name] for name in MachineCode.__dataclass_fields__]
+        registers, spill, shared, wgmma = ("-" if number is None else number for number in numbers)
+        pointer = next(iter(record["types"].values()), "")
+        config = " ".join([pointer, *(f"{name}={value}" for name, value in record["config"].items())])
+        print(f"{record['kernel']:<26} {record['target']:<7} {registers:>9} {spill:>6} {shared:>7} {wgmma:>5}  {config}")
+        for problem in record["problems"]:
+            print(f"  FAIL: {problem}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastmmoe_kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--targets", default=",".join(SHARED_LIMIT), metavar="LIST", help="comma-separated (default: %(default)s)"
+    )
+    parser.add_argument("--kernels", default="", metavar="NAME", help="only kernels whose name contains NAME")
+    parser.add_argument("--json", metavar="FILE", help="write the report there too, a list of objects")
+    args = parser.parse_args(argv)
+    targets = list(dict.fromkeys(args.targets.split(",")))
+    if unknown := [target for target in targets if target not in SHARED_LIMIT]:
+        parser.error(f"--targets: unknown {', '.join(map(repr, unknown))}; known are {', '.join(SHARED_LIMIT)}")
+    if not TRITON_INSTALLED:
+        parser.error("Triton is not installed (pip install 'fastmmoe[triton]')")
+    records = compile_all(targets, args.kernels)
+    if not records:
+        parser.error(f"--kernels: no kernel's name contains {args.kernels!r}")
+    _print_table(records)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(records, file, indent=1, default=str)
+    failed = sum(bool(record["problems"]) for record in records)
+    print(f"{len(records)} compiled, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

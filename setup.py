@@ -1,0 +1,4 @@
+from setuptools import setup
+
+# everything is in pyproject.toml
+setup()
