@@ -208,7 +208,7 @@ def _compare(
 
             tilings = internvl_tilings(processor, images)
     inputs = build_inputs(model, processor, images, prompt)
-    runs = 5
+    runs = 5 if model.device.type == "cuda" else 3
     with _progress("", total=2 + runs) as step:
         result = compare_(model, processor, inputs, config, max_new_tokens=max_new_tokens, runs=runs, progress=step)
     if output and result.report.stages:

@@ -126,12 +126,14 @@ def draw_fate(
     splits = np.cumsum(n_tokens)[:-1]
     fates = [None, *(np.split(stage.fate[sample], splits) for stage in report.stages)]
     for index, (image, tiling, (width, image_height)) in enumerate(zip(images, tilings, shapes, strict=True)):
+        # once to the size it is shown at: every panel would resample a large photograph again
+        shown = image.resize((round(width * DPI), round(image_height * DPI)))
         for number, fate in enumerate(fates):
             left = MARGIN + number % columns * (panel + GAP)
             y = top + number // columns * (image_height + TITLE) + TITLE
             grids = (None, None) if fate is None else tiling.grids(fate[index])
             ax = axes(left, y, width, image_height)
-            _draw(ax, image, grids[0], tiling.rows, tiling.columns, tiling.side)
+            _draw(ax, shown, grids[0], tiling.rows, tiling.columns, tiling.side)
             if fate is None:
                 name = f"image {index + 1}" if len(images) > 1 else "photograph"
                 detail = f"{tiling.n_tokens:,} vision tokens, {tiling.rows} x {tiling.columns} tiles"
@@ -145,7 +147,7 @@ def draw_fate(
             if tiling.has_thumbnail:
                 small = panel * THUMBNAIL
                 ax = axes(left + width + SPACE, y, small, small * image.height / image.width)
-                _draw(ax, image, grids[1], 1, 1, tiling.side)
+                _draw(ax, shown, grids[1], 1, 1, tiling.side)
                 ax.annotate("thumbnail", (0, 1), (0, 5), **above, size=9.5)
         top += rows * (image_height + TITLE)
 
@@ -178,7 +180,7 @@ def _draw(ax: Axes, image: Image, fate: np.ndarray | None, rows: int, columns: i
     from matplotlib.patches import Rectangle
 
     extent = (0, columns * side, rows * side, 0)
-    ax.imshow(image, extent=extent, aspect="auto", interpolation="lanczos")
+    ax.imshow(image, extent=extent, aspect="auto")
     if fate is None:
         ax.hlines(np.arange(1, rows) * side, 0, columns * side, color="white", linewidth=0.8, alpha=0.7)
         ax.vlines(np.arange(1, columns) * side, 0, rows * side, color="white", linewidth=0.8, alpha=0.7)

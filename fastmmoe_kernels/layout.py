@@ -74,7 +74,8 @@ class VisionLayout:
         width: padded length n.
         lengths: valid tokens per sample.
         n_vision: vision tokens per sample.
-        tails: valid tokens behind the last vision token, per sample; all of them when it has none.
+        tails: valid tokens behind the prompt's last vision token, per sample; all of them when it has none. Pruning
+            leaves them alone.
         padding_side: "left" or "right"; "left" for a batch without padding.
         run_rank: int32 [B, n], a vision token's rank in its run of consecutive vision tokens, -1 for any other token.
     """

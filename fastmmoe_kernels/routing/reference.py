@@ -22,7 +22,7 @@ def topk_routing_reference(
     probs = z.softmax(-1) if scoring == "softmax" else z.sigmoid()
     scores = probs if correction_bias is None else probs + correction_bias.float()
     if n_group > 1:
-        grouped = scores.view(num_tokens, n_group, -1)  # [T, G, E/G]
+        grouped = scores.view(num_tokens, n_group, num_experts // n_group)  # [T, G, E/G]
         best = grouped.sort(dim=-1, descending=True).values
         worth = best[..., :2].sum(-1) if correction_bias is not None else best[..., 0]  # [T, G]
         groups = worth.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]

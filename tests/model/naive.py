@@ -77,6 +77,7 @@ class Prefill:
 class Generation:
     """Greedy decoding of one sample."""
 
+    prefill: Prefill
     ids: list[int]
     logits: Tensor  # [len(ids), vocabulary]: what each id was chosen from
     margins: dict[str, float]
@@ -174,7 +175,7 @@ class Sample:
         self.margins = Margins()
         self.stages: list[Stage] = []
         self.tokens_per_layer: list[int] = []
-        prompt = [Token(hidden, index, is_vision) for index, (hidden, is_vision) in enumerate(zip(embeddings, vision))]
+        prompt = [Token(embeddings[index], index, is_vision) for index, is_vision in enumerate(vision)]
         self.next_position = len(prompt)
         self.survivors = self.layers(prompt, prefill=True)
         self.logits = torch.stack([self.head(token) for token in self.survivors])  # [n, vocabulary]
@@ -351,29 +352,31 @@ def _samples(model, inputs: dict[str, Tensor], config, dtype: torch.dtype) -> li
 
 def prefill(model, inputs: dict[str, Tensor], config, dtype: torch.dtype = torch.float64) -> list[Prefill]:
     """Each sample of a padded batch on its own: the survivors' logits, and who survived each stage."""
-    return [
-        Prefill(
-            positions=tuple(token.position for token in sample.survivors),
-            vision=tuple(token.vision for token in sample.survivors),
-            logits=sample.logits,
-            stages=tuple(sample.stages),
-            tokens_per_layer=tuple(sample.tokens_per_layer),
-            cache_lengths=tuple(map(len, sample.caches)),
-            margins=dict(vars(sample.margins)),
-        )
-        for sample in _samples(model, inputs, config, dtype)
-    ]
+    return [_prefilled(sample) for sample in _samples(model, inputs, config, dtype)]
+
+
+def _prefilled(sample: Sample) -> Prefill:
+    return Prefill(
+        positions=tuple(token.position for token in sample.survivors),
+        vision=tuple(token.vision for token in sample.survivors),
+        logits=sample.logits,
+        stages=tuple(sample.stages),
+        tokens_per_layer=tuple(sample.tokens_per_layer),
+        cache_lengths=tuple(map(len, sample.caches)),
+        margins=dict(vars(sample.margins)),
+    )
 
 
 @torch.no_grad()
 def _decode(sample: Sample, steps: int, choose: Callable[[int, Tensor], int]) -> Generation:
+    start = _prefilled(sample)
     logits, ids, rows = sample.logits[-1], [], []
     for step in range(steps):
         if step:
             logits = sample.step(ids[-1])
         rows.append(logits)
         ids.append(choose(step, logits))
-    return Generation(ids, torch.stack(rows), dict(vars(sample.margins)))
+    return Generation(start, ids, torch.stack(rows), dict(vars(sample.margins)))
 
 
 def greedy(

@@ -195,9 +195,8 @@ def test_dropping_equals_masking(strategy, keep):
     """Without merging, a pruned token is one that the later layers' attention cannot see: ask transformers for that."""
     model, batch = model_and_batch()
     config = replace(PRUNE, merge_ratio=0.0, strategy=strategy, stage_keep_ratios=(keep, keep))
-    prefills = naive.prefill(model, batch, config)
-    for sample, (prefill, generation) in enumerate(zip(prefills, naive.greedy(model, batch, config, 5), strict=True)):
-        row = alone(batch, sample)
+    for sample, generation in enumerate(naive.greedy(model, batch, config, 5)):
+        prefill, row = generation.prefill, alone(batch, sample)
         row["input_ids"] = torch.cat([row["input_ids"], torch.tensor([generation.ids[:-1]])], dim=1)
         length = row["input_ids"].shape[1]
         row["attention_mask"] = torch.ones(1, length, dtype=torch.long)
@@ -268,7 +267,9 @@ def test_without_normalisation_the_weights_keep_their_sum():
 
 def test_reduction_starts_at_its_layer():
     model, batch = model_and_batch()
-    first, second = (naive.prefill(model, batch, Settings(vision_top_k=1, reduction_layer=layer))[0] for layer in (4, 5))
+    first, second = (
+        naive.prefill(model, batch, Settings(vision_top_k=1, reduction_layer=layer))[0] for layer in (4, 5)
+    )
     text = ~torch.tensor(first.vision)
     # layer 4 feeds the attention of layer 5, so the words notice; layer 5 feeds nothing
     assert (first.logits - second.logits)[text].abs().max() > 1e-2

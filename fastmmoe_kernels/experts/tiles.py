@@ -1,0 +1,140 @@
+"""Tile sizes of the expert GEMMs, by target and by pairs per expert.
+
+No entry has been tuned on a device: they follow what other projects ship for the same shapes, and compile without
+spilling registers. A new GPU costs a row in `TILES` and one in `SHARED_MEMORY`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """One program's share of a GEMM.
+
+    Attributes:
+        block_n: columns; of each of the two halves in the gate_up GEMM.
+        block_k: elements of the inner dimension per step.
+        num_warps, num_stages: as in Triton.
+        group_m: neighbouring row tiles that go through the column blocks together, so that they share weights in L2.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """Rows per tile, which both GEMMs share because they share the row tiles, and the rest of each."""
+
+    block_m: int
+    gate_up: GemmTile
+    down: GemmTile
+
+
+# bytes that one program may have
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_87": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_103": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "sm_121": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+DEFAULT_SHARED_MEMORY = 64 * 1024
+
+# rows per tile -> most pairs per expert it is used for
+BLOCK_M = {16: 16, 32: 48, 64: 192, 128: math.inf}
+
+# target -> rows per tile -> tiles of gate_up and down, for 16-bit types
+TILES = {
+    "sm_80": {
+        16: (GemmTile(64, 128, 4, 3), GemmTile(64, 128, 4, 4)),
+        32: (GemmTile(64, 64, 4, 4), GemmTile(128, 64, 4, 4)),
+        64: (GemmTile(64, 64, 4, 3), GemmTile(128, 64, 4, 3)),
+        128: (GemmTile(64, 64, 4, 3), GemmTile(128, 64, 4, 3)),
+    },
+    "sm_90": {
+        16: (GemmTile(64, 128, 4, 4), GemmTile(64, 128, 4, 4)),
+        32: (GemmTile(64, 128, 4, 4), GemmTile(128, 64, 4, 4)),
+        64: (GemmTile(128, 64, 4, 4), GemmTile(256, 64, 4, 4)),
+        128: (GemmTile(128, 64, 8, 4), GemmTile(256, 64, 8, 4)),
+    },
+    "sm_100": {
+        16: (GemmTile(64, 128, 4, 4), GemmTile(64, 128, 4, 4)),
+        32: (GemmTile(64, 128, 4, 4), GemmTile(128, 64, 4, 4)),
+        64: (GemmTile(128, 64, 4, 4), GemmTile(256, 64, 4, 4)),
+        128: (GemmTile(128, 64, 8, 4), GemmTile(256, 64, 8, 4)),
+    },
+    "gfx942": {
+        16: (GemmTile(64, 128, 4, 2), GemmTile(64, 128, 4, 2)),
+        32: (GemmTile(64, 64, 4, 2), GemmTile(128, 64, 4, 2)),
+        64: (GemmTile(64, 64, 4, 2), GemmTile(128, 64, 4, 2)),
+        128: (GemmTile(64, 64, 8, 2), GemmTile(128, 64, 8, 2)),
+    },
+}
+DEFAULT_TARGET = "sm_80"
+
+# float32 has no tensor cores at full precision: small tiles, for registers' sake, on every target
+TILES_FLOAT32 = {
+    16: (GemmTile(32, 32, 4, 2), GemmTile(64, 32, 4, 2)),
+    32: (GemmTile(32, 32, 4, 2), GemmTile(64, 32, 4, 2)),
+    64: (GemmTile(32, 32, 4, 2), GemmTile(64, 32, 4, 2)),
+}
+
+
+def expert_tiles(
+    target: str, dtype: torch.dtype, pairs_per_expert: float, hidden: int, intermediate: int
+) -> ExpertTiles:
+    """The tiles for a launch. Pure, and with few different results, so that few kernels are compiled.
+
+    Args:
+        target: compute capability as "sm_90", or AMD architecture as "gfx942"; unknown ones get the default row.
+        dtype: of the tokens and weights.
+        pairs_per_expert: mean over all experts, T * K / E.
+        hidden, intermediate: H and I.
+    """
+    by_rows = TILES_FLOAT32 if dtype == torch.float32 else TILES.get(target, TILES[DEFAULT_TARGET])
+    fitting = [rows for rows in by_rows if pairs_per_expert <= BLOCK_M[rows]]
+    block_m = min(fitting, default=max(by_rows))
+    gate_up, down = by_rows[block_m]
+    limit = SHARED_MEMORY.get(target, DEFAULT_SHARED_MEMORY)
+    return ExpertTiles(
+        block_m,
+        _clamp(gate_up, block_m, 2, dtype.itemsize, limit, inner=hidden, columns=intermediate),
+        _clamp(down, block_m, 1, dtype.itemsize, limit, inner=intermediate, columns=hidden),
+    )
+
+
+def shared_memory(tile: GemmTile, block_m: int, operands: int, itemsize: int) -> int:
+    """Bytes of the pipeline's buffers, with `operands` weight tiles (2 in the gate_up GEMM)."""
+    return tile.num_stages * (block_m + operands * tile.block_n) * tile.block_k * itemsize
+
+
+def _clamp(
+    tile: GemmTile, block_m: int, operands: int, itemsize: int, limit: int, *, inner: int, columns: int
+) -> GemmTile:
+    """No larger than the matrix, and within `limit` bytes: fewer stages first (at least 2), then smaller tiles."""
+    tile = replace(tile, block_n=min(tile.block_n, _power_of_2(columns)), block_k=min(tile.block_k, _power_of_2(inner)))
+    while shared_memory(tile, block_m, operands, itemsize) > limit:
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.block_n > 32:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        else:
+            tile = replace(tile, block_k=tile.block_k // 2)
+    return tile
+
+
+def _power_of_2(size: int) -> int:
+    """The next power of 2, at least 16: what `tl.dot` takes."""
+    return max(16, 1 << (size - 1).bit_length())
