@@ -74,7 +74,8 @@ def demo(
     result = _compare(model, processor, pictures, prompt or demo_.DEMO_PROMPT, config, max_new_tokens, output)
     _show("demo", result, output, json)
     if not json:
-        console.print("The demo's weights are random: its answers are babble, only their cost means something.")
+        note = "The demo's weights are random: its answers are babble, only their cost means something."
+        console.print(note, soft_wrap=True)
 
 
 @app.command(
@@ -241,11 +242,12 @@ def _cost_table(result: Comparison) -> Table:
         table.add_column(name, justify="right")
     table.add_row("language model", _flops(counted.dense), _flops(counted.reduced), f"{counted.saved:.1%}")
     table.add_row(
-        f"time, vision tower included (median of {result.runs})",
+        "time, vision tower included",
         f"{result.dense_prefill * 1e3:,.0f} ms",
         f"{result.fast_prefill * 1e3:,.0f} ms",
         f"{1 - result.fast_prefill / result.dense_prefill:.1%}",
     )
+    table.caption = f"times: medians of {result.runs} alternating runs"
     return table
 
 
@@ -265,7 +267,7 @@ def _stage_table(report: PrefillReport) -> Table:
     for stage in report.stages:
         counts = (stage.entering[0], stage.kept[0], stage.merged[0], stage.dropped[0])
         table.add_row(str(stage.layer), *(f"{count:,}" for count in counts))
-    table.caption = "merged: tokens that stand for a whole window each"
+    table.caption = "merged: one for each window"
     return table
 
 

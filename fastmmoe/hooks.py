@@ -18,7 +18,7 @@ from torch import nn
 from fastmmoe import attention, experts
 from fastmmoe.adapters import Adapter, find_text_model
 from fastmmoe.config import FastMMoEConfig
-from fastmmoe.prefill import CACHE_STATE, CacheState, ForwardPass, Segment
+from fastmmoe.prefill import CACHE_STATE, NO_EFFECT, CacheState, ForwardPass, Segment
 from fastmmoe_kernels import VisionLayout, last_query_attention, prune_tokens, topk_routing
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.layout import device_table
@@ -169,7 +169,7 @@ class Hooks:
 
     def _after_parent(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if getattr(self._local, "vision", None) is not None:
-            raise RuntimeError("fastmmoe: a forward with vision tokens passed by the text model; nothing was pruned")
+            raise RuntimeError("fastmmoe: no effect: a forward with vision tokens did not call the text model's module")
 
     def _clear_vision(self, *_: Any) -> None:
         self._local.vision = None
@@ -209,6 +209,7 @@ class Hooks:
             layout = VisionLayout.from_mask(vision, None if new_mask is None else new_mask.to(vision.device))
             if not any(layout.n_vision) and state is None:
                 return
+            self._check_prompt_ends(layout)
             back = getattr(self._local, "back", 0)
             segment = Segment.from_layout(layout)
             back = back if back < min(layout.tails) else 0
@@ -219,6 +220,12 @@ class Hooks:
         self._local.forward_pass = ForwardPass(
             self.text_config, [segment], cache, past, state, old_mask, back
         )
+
+    def _check_prompt_ends(self, layout: VisionLayout) -> None:
+        """A sample's last token asks for the others and answers: it must not be pruned itself."""
+        for sample, (n_vision, tail) in enumerate(zip(layout.n_vision, layout.tails, strict=True)):
+            if self._stages and n_vision and not tail:
+                raise ValueError(f"input_ids: sample {sample} ends in a vision token, expected text at the end of a prompt")
 
     @staticmethod
     def _device(inputs: dict[str, Any]) -> torch.device:
@@ -231,10 +238,8 @@ class Hooks:
             return
         stages, reduced = len(current.segments) - 1, current.reduced_layers
         if stages != len(self._stages) or reduced != len(self._reduced):
-            raise RuntimeError(
-                f"fastmmoe: {stages} of {len(self._stages)} prune layers and {reduced} of {len(self._reduced)} layers "
-                "with fewer experts took effect; something in this model goes past its decoder layers' modules"
-            )
+            done = f"{stages} of {len(self._stages)} prune layers and {reduced} of {len(self._reduced)} expert layers"
+            raise RuntimeError(NO_EFFECT.format(done))
         self.last = current.segments
 
     def _clear_pass(self, *_: Any) -> None:

@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask
 
 from fastmmoe_kernels import PruneOutput, VisionLayout
 
+NO_EFFECT = "fastmmoe: no effect: only {} pruned or reduced; something in this model goes past its layers' modules"
 CACHE_STATE = "_fastmmoe_state"  # attribute of a transformers cache: CacheState
 
 
@@ -116,8 +117,16 @@ class ForwardPass:
         return self.segments[0].layout is not None
 
     def segment(self, number: int) -> Segment:
-        """The segment of the layers behind `number` prune layers."""
-        return self.segments[number if self.has_vision else 0]
+        """The segment of the layers behind `number` prune layers.
+
+        Raises:
+            RuntimeError: an earlier prune layer did not run its hooks.
+        """
+        if not self.has_vision:
+            return self.segments[0]
+        if number >= len(self.segments):
+            raise RuntimeError(NO_EFFECT.format(f"{len(self.segments) - 1} of {number} prune layers"))
+        return self.segments[number]
 
     def is_full(self, number: int) -> bool:
         """Host-known: every key of these layers, cached and new, is valid."""

@@ -13,7 +13,7 @@ class KernelVariant:
 
     Attributes:
         kernel: the `triton.jit` function.
-        signature: argument -> Triton type, such as "*bf16", "*fp32", "*i32", "*i1" (bool), "i32", "i64", "fp32".
+        signature: argument -> Triton type, such as "*bf16", "*fp32", "*i32", "*u1" (bool), "i32", "i64", "fp32".
         constants: `constexpr` arguments, and integers that are always 1.
         num_warps: warps per program.
         num_stages: pipeline stages.

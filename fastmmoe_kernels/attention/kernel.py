@@ -200,7 +200,7 @@ def aot_variants() -> list[KernelVariant]:
     variants = [
         KernelVariant(
             attention_logits_kernel,
-            {"query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "mask_ptr": "*i1" if has_mask else f"*{dtype}",
+            {"query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "mask_ptr": "*u1" if has_mask else f"*{dtype}",
              "logits_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "num_keys": "i32", "stride_qb": "i32",
              "stride_qh": "i32", "stride_kb": "i32", "stride_kh": "i32", "stride_kn": "i32", "scale": "fp32"},
             {"stride_qd": 1, "stride_kd": 1, "D": head_dim, "HEADS_PER_GROUP": heads, "HAS_MASK": has_mask,

@@ -1,6 +1,5 @@
 """Sort (token, slot) pairs by expert and cut them into row tiles, on the device, in two launches."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from fastmmoe_kernels.variant import KernelVariant
 # chunks of pairs, one program each; every program of the second launch reads every chunk's counts
 MAX_CHUNKS = 256
 TILES_PER_PROGRAM = 32
+NUM_WARPS = 8
 
 
 class Dispatch(NamedTuple):
@@ -58,7 +58,7 @@ def count_pairs_kernel(
     tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "steps", "num_chunks", "num_tiles"])
+@triton.jit(do_not_specialize=["num_pairs", "steps", "num_chunks", "num_tiles", "block_m"])
 def place_pairs_kernel(
     ids_ptr,  # [P]
     counts_ptr,  # [C, BE]
@@ -71,8 +71,8 @@ def place_pairs_kernel(
     steps,
     num_chunks,
     num_tiles,
+    block_m,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -100,12 +100,12 @@ def place_pairs_kernel(
         tl.store(order_ptr + position, pair, mask=is_active)
         row += tl.sum(one_hot, axis=0)
 
-    tiles = (total + BLOCK_M - 1) // BLOCK_M
+    tiles = (total + block_m - 1) // block_m
     tiles_end = tl.cumsum(tiles, axis=0)
     tile = program * BLOCK_T + tl.arange(0, BLOCK_T)
     owner = tl.sum((tiles_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)  # BE past the last tile
     is_owner = owner[:, None] == expert[None, :]  # [BT, BE]
-    first_row = end - total + (tile[:, None] - (tiles_end - tiles)[None, :]) * BLOCK_M
+    first_row = end - total + (tile[:, None] - (tiles_end - tiles)[None, :]) * block_m
     tl.store(tile_expert_ptr + tile, tl.where(owner < BLOCK_E, owner, -1), mask=tile < num_tiles)
     tl.store(tile_first_ptr + tile, tl.sum(tl.where(is_owner, first_row, 0), axis=1), mask=tile < num_tiles)
     tl.store(tile_end_ptr + tile, tl.sum(tl.where(is_owner, end[None, :], 0), axis=1), mask=tile < num_tiles)
@@ -131,7 +131,9 @@ def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatc
     num_chunks = triton.cdiv(num_pairs, steps * blocks["BLOCK_P"])
     counts = ids.new_empty(num_chunks, blocks["BLOCK_E"], dtype=torch.int32)
     ids = ids.contiguous()
-    count_pairs_kernel[(num_chunks,)](ids, counts, num_pairs, steps, NUM_EXPERTS=num_experts, **counting)
+    count_pairs_kernel[(num_chunks,)](
+        ids, counts, num_pairs, steps, NUM_EXPERTS=num_experts, **counting, num_warps=NUM_WARPS
+    )
     place_pairs_kernel[(max(num_chunks, triton.cdiv(num_tiles, TILES_PER_PROGRAM)),)](
         ids,
         counts,
@@ -144,27 +146,26 @@ def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatc
         steps,
         num_chunks,
         num_tiles,
+        block_m,
         NUM_EXPERTS=num_experts,
-        BLOCK_M=block_m,
         **blocks,
+        num_warps=NUM_WARPS,
     )
     return Dispatch(order, position, tile_expert, tile_first, tile_end)
 
 
-def dispatch_variants(num_experts: int, block_m: Iterable[int]) -> list[KernelVariant]:
+def dispatch_variants(num_experts: int) -> list[KernelVariant]:
     """The configurations for `num_experts`, for `aot_variants`."""
     blocks = dispatch_blocks(num_experts)
     counting = {name: blocks[name] for name in ("BLOCK_P", "BLOCK_E")}
+    outputs = ("order_ptr", "position_ptr", "tile_expert_ptr", "tile_first_ptr", "tile_end_ptr")
+    sizes = ("num_chunks", "num_tiles", "block_m")
     variants = []
     for ids in ("*i32", "*i64"):
-        signature = {"ids_ptr": ids, "counts_ptr": "*i32", "num_pairs": "i32", "steps": "i32"}
-        variants.append(KernelVariant(count_pairs_kernel, signature, {"NUM_EXPERTS": num_experts, **counting}))
-        outputs = dict.fromkeys(
-            ("order_ptr", "position_ptr", "tile_expert_ptr", "tile_first_ptr", "tile_end_ptr"), "*i32"
-        )
-        signature |= outputs | {"num_chunks": "i32", "num_tiles": "i32"}
+        count = {"ids_ptr": ids, "counts_ptr": "*i32", "num_pairs": "i32", "steps": "i32"}
+        place = count | dict.fromkeys(outputs, "*i32") | dict.fromkeys(sizes, "i32")
         variants += [
-            KernelVariant(place_pairs_kernel, signature, {"NUM_EXPERTS": num_experts, "BLOCK_M": rows, **blocks})
-            for rows in block_m
+            KernelVariant(count_pairs_kernel, count, {"NUM_EXPERTS": num_experts, **counting}, num_warps=NUM_WARPS),
+            KernelVariant(place_pairs_kernel, place, {"NUM_EXPERTS": num_experts, **blocks}, num_warps=NUM_WARPS),
         ]
     return variants

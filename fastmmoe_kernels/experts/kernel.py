@@ -223,7 +223,7 @@ def aot_variants() -> list[KernelVariant]:
     variants = []
     # experts, slots, H, I: Qwen3-MoE 30B-A3B (InternVL3.5, Qwen3-VL), DeepSeek-VL2
     for num_experts, top_k, width, intermediate in [(128, 8, 2048, 768), (72, 6, 2560, 1536)]:
-        variants += dispatch_variants(num_experts, sorted(BLOCK_M))
+        variants += dispatch_variants(num_experts)
         for dtype, kind in [(torch.bfloat16, "*bf16"), (torch.float16, "*fp16"), (torch.float32, "*fp32")]:
             variants.append(
                 KernelVariant(

@@ -76,7 +76,7 @@ TILES = {
         128: (GemmTile(128, 64, 8, 4), GemmTile(256, 64, 8, 4)),
     },
     "gfx942": {
-        16: (GemmTile(64, 128, 4, 2), GemmTile(64, 128, 4, 2)),
+        16: (GemmTile(64, 64, 4, 2), GemmTile(64, 128, 4, 2)),
         32: (GemmTile(64, 64, 4, 2), GemmTile(128, 64, 4, 2)),
         64: (GemmTile(64, 64, 4, 2), GemmTile(128, 64, 4, 2)),
         128: (GemmTile(64, 64, 8, 2), GemmTile(128, 64, 8, 2)),

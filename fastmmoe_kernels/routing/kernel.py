@@ -199,7 +199,7 @@ def aot_variants() -> list[KernelVariant]:
     return [
         KernelVariant(
             topk_routing_kernel,
-            {"logits_ptr": dtype, "vision_ptr": "*i1" if reduced else dtype, "bias_ptr": "*fp32" if bias else dtype,
+            {"logits_ptr": dtype, "vision_ptr": "*u1" if reduced else dtype, "bias_ptr": "*fp32" if bias else dtype,
              "ids_ptr": "*i32", "weights_ptr": "*fp32", "probs_ptr": "*fp32", "num_tokens": "i32",
              "stride_token": "i32", "scaling": "fp32"},
             {"stride_expert": 1, "E": experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k,

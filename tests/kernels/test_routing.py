@@ -156,16 +156,16 @@ def test_all_logits_equal(backend):
     assert out.probs is None
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_extreme_logits(backend, scoring):
-    """Hidden experts (-inf), overflowing exponentials, a token whose best scores are tiny."""
-    logits = torch.tensor([[-1e4, 3.0, -torch.inf, 1e4, 2.0], [-90.0, -80.0, -85.0, -70.0, -75.0]])
+    """Hidden experts (-inf), overflowing exponentials, a token whose scores are all small."""
+    logits = torch.tensor([[-1e4, 3.0, -torch.inf, 1e4, 2.0], [-40.0, -30.0, -35.0, -20.0, -25.0]])
     case = Case(logits, 2, torch.tensor([True, False]), options=dict(scoring=scoring, vision_top_k=1))
     got, want = case.run(backend), case.expected()
     np.testing.assert_array_equal(got.ids.cpu().numpy(), want.ids)
-    # the reference does not bound the divisor of sums near 1e-31 from below
-    np.testing.assert_allclose(got.weights.cpu().numpy()[0], want.weights[0], rtol=1e-5)
+    np.testing.assert_allclose(got.weights.cpu().numpy(), want.weights, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -272,7 +272,7 @@ def test_real_sizes(dtype, num_tokens, num_experts, top_k, options, with_bias):
     bias = 0.1 * make_logits(20, 1, num_experts)[0] if with_bias else None
     case = Case(make_logits(21, num_tokens, num_experts, dtype), top_k, make_mask(22, num_tokens, 0.9), bias, options)
     # 16-bit logits repeat within a row: exact ties, which the margin leaves out
-    assert check(case, "triton").mean() > (0.9 if dtype == torch.float32 else 0.3)
+    assert check(case, "triton").mean() > (0.95 if dtype == torch.float32 else 0.8)
 
 
 @pytest.mark.gpu

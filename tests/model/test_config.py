@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Glm4MoeConfig, InternVLConfig, Qwen3Config, Qwen3MoeConfig
 
@@ -289,6 +289,7 @@ def configs(draw):
     )
 
 
+@settings(deadline=None)
 @given(configs())
 def test_json_round_trip(config):
     values = config.to_dict()

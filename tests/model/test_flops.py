@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -150,6 +150,7 @@ def one_expert(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3000)).filter(any), min_size=1, max_size=4))
 def test_a_batch_is_the_sum_of_its_samples(samples):
     batch = flops(INTERNVL, [t for t, _ in samples], [v for _, v in samples], OFFICIAL_HALF)

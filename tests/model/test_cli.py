@@ -1,0 +1,232 @@
+"""The command line, end to end: figures that add up, pictures that open, and one clear line for bad input."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastmmoe.commands import app
+from fastmmoe.demo import DEMO_PROMPT, demo_model, demo_photograph, save_demo
+
+# one tile, no thumbnail: 256 vision tokens keep these tests short
+ONE_TILE = (448, 448)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    return result.stdout
+
+
+def refused(*arguments):
+    """The one line of an invocation that exits with code 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, f"{result.exit_code}: {result.output} {result.exception!r}"
+    assert "Traceback" not in result.output and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "cat.png"
+    demo_photograph().resize(ONE_TILE).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_demo(tmp_path_factory.mktemp("checkpoint") / "demo")
+
+
+def flops_of(*options):
+    options = ["internvl3.5-30b-a3b", "--text", 100, "--vision", 1792, *options]
+    return json.loads(succeed("flops", *options, "--json"))
+
+
+def test_flops_by_hand():
+    """The three figures of the method's definition."""
+    experts = flops_of("--vision-top-k", 4)
+    assert f"{experts['dense'] / 1e12:.2f}" == "11.74"
+    assert f"{experts['saved']:.1%}" == "26.5%"
+    both = flops_of("--vision-top-k", 4, "--reduction-layer", 2, "--prune-layers", "5,8,12", "--retention", 0.5)
+    assert f"{both['saved']:.1%}" == "56.7%"
+    assert both["config"]["prune_layers"] == [5, 8, 12]
+    assert sum(layer["reduced"] for layer in both["per_layer"]) == pytest.approx(both["reduced"])
+    assert both["saved"] == pytest.approx(1 - both["reduced"] / both["dense"])
+
+
+def test_flops_table_and_hub_name():
+    name = "OpenGVLab/InternVL3_5-30B-A3B-HF"
+    out = succeed("flops", name, "--vision-top-k", 4, "--prune-layers", "5,8,12", "--retention", 0.5)
+    last = next(line for line in out.splitlines() if "all" in line)
+    assert "11.74" in last and "5.08" in last and "56.7%" in last
+    assert "13 to 47" in out
+
+
+def test_flops_of_a_checkpoint_directory(tmp_path):
+    demo_model().config.save_pretrained(tmp_path)
+    figures = json.loads(succeed("flops", tmp_path, "--text", 85, "--vision", 1792, "--json"))
+    # 16 layers, hidden 256, 8 heads of 32, 2 key heads, 32 experts of 64, 8 active
+    n = 85 + 1792
+    attention = 2 * n * 256 * 2 * (256 + 64) + 2 * n * n * 256
+    assert figures["dense"] == 16 * (attention + 2 * n * 256 * 32 + 6 * 256 * 64 * 8 * n)
+    assert figures["saved"] == 0
+
+
+def test_demo(tmp_path):
+    """The command as it is meant to be used: the photograph, its seven tiles, both answers and the picture."""
+    output = tmp_path / "demo.png"
+    figures = json.loads(succeed("demo", "--output", output, "--max-new-tokens", 2, "--json"))
+    assert figures["picture"] == str(output)
+    with Image.open(output) as image:
+        assert image.format == "PNG" and image.width == 1920 and image.height > 900
+    report = figures["report"]
+    assert report["n_vision"] == [1792]
+    entering = 1792
+    for stage, layer in zip(report["stages"], (5, 8, 12), strict=True):
+        target = int(entering * 0.5 ** (1 / 3))
+        assert (stage["layer"], stage["entering"]) == (layer, [entering])
+        assert stage["kept"][0] + stage["merged"][0] == target
+        assert stage["merged"] == [int(target * 0.025)]
+        assert stage["dropped"] == [entering - target]
+        assert report["tokens_per_layer"][layer] == [report["n_text"][0] + target]
+        assert report["tokens_per_layer"][layer - 1] == [report["n_text"][0] + entering]
+        entering = target
+    assert figures["config"]["vision_top_k"] == 4
+    assert 0.3 < report["flops"]["saved"] < 0.6
+    assert figures["prefill_seconds"]["dense"] > 0 and figures["prefill_seconds"]["fastmmoe"] > 0
+    assert len(figures["answers"]["dense"]) == len(figures["answers"]["fastmmoe"]) == 2
+
+
+def test_demo_tables(tmp_path, picture):
+    output = tmp_path / "demo.png"
+    out = succeed("demo", "--image", picture, "--output", output, "--max-new-tokens", 2, "--prompt", "Hi", "--seed", 5)
+    assert "256 vision tokens" in out and "GFLOPs" in out and "merged" in out
+    assert "12 to 15" in out  # the layers after the last stage
+    assert "random" in out and "babble" in out
+    assert str(output) in out and output.exists()
+
+
+def test_run_on_a_saved_demo_is_the_demo(tmp_path, picture, checkpoint):
+    """Both commands share one path: the same weights, image, prompt and retention give the same figures."""
+    outputs = [tmp_path / name for name in ("demo.png", "run.png")]
+    common = ["--image", picture, "--prompt", DEMO_PROMPT, "--retention", 0.4, "--max-new-tokens", 4, "--json"]
+    demo = json.loads(succeed("demo", *common, "--output", outputs[0]))
+    run = json.loads(
+        succeed("run", "--model", checkpoint, *common, "--output", outputs[1], "--device", "cpu", "--dtype", "float32")
+    )
+    assert run["config"] == demo["config"]
+    assert run["report"] == demo["report"]
+    assert run["answers"] == demo["answers"]
+    first, second = (Image.open(path) for path in outputs)
+    assert first.tobytes() == second.tobytes()
+
+
+def test_run_takes_images_and_settings(picture, checkpoint):
+    options = ["--vision-top-k", 2, "--prune-layers", "4,9", "--alpha", 0.3, "--strategy", "routing_similarity"]
+    common = ["--image", picture, "--image", picture, "--prompt", "Compare.", "--max-new-tokens", 2, "--json"]
+    figures = json.loads(succeed("run", "--model", checkpoint, *common, *options, "--device", "cpu"))
+    config = figures["config"]
+    assert (config["vision_top_k"], config["prune_layers"], config["alpha"]) == (2, [4, 9], 0.3)
+    assert (config["strategy"], config["retention"]) == ("routing_similarity", 0.5)
+    assert figures["report"]["n_vision"] == [512]
+    assert [stage["layer"] for stage in figures["report"]["stages"]] == [4, 9]
+    assert figures["picture"] is None
+
+
+def test_full_retention_draws_nothing(tmp_path, picture, checkpoint):
+    output = tmp_path / "nothing.png"
+    common = ["--model", checkpoint, "--image", picture, "--prompt", "Hi", "--max-new-tokens", 1, "--device", "cpu"]
+    out = succeed("run", *common, "--retention", 1, "--output", output)
+    assert "no picture: no layer pruned" in out
+    assert not output.exists()
+
+
+def test_doctor_names_this_machine():
+    findings = {f["name"]: f for f in json.loads(succeed("doctor", "--json"))["findings"]}
+    assert findings["torch"]["found"] == torch.__version__
+    assert findings["transformers"]["found"] == importlib.metadata.version("transformers")
+    assert findings["sdpa"]["found"] == "available"
+    has_gpu = torch.cuda.is_available()
+    assert findings["auto"]["found"].startswith("triton" if has_gpu else "torch")
+    assert ("GPU 0" in findings) == has_gpu
+    if not has_gpu:
+        assert not findings["GPU"]["ok"] and "install" in findings["GPU"]["advice"]
+    assert findings["cli"]["found"] == "installed"
+    assert torch.__version__ in succeed("doctor")
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "flops", "doctor"])
+def test_help_has_an_example(command):
+    assert f"Example: fastmmoe {command}" in " ".join(succeed(command, "--help").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["flops", "gpt-2"], "unknown name 'gpt-2'"),
+        (["flops", "internvl3.5-30b-a3b", "--prune-layers", "5,eight"], "--prune-layers 5,eight"),
+        (["flops", "internvl3.5-30b-a3b", "--prune-layers", "48", "--retention", "0.5"], "48 layers"),
+        (["flops", "internvl3.5-30b-a3b", "--retention", "0.5"], "expected the layers to prune at"),
+        (["flops", "internvl3.5-30b-a3b", "--vision-top-k", "9"], "at most the model's 8"),
+        (["demo", "--image", "no.png"], "--image no.png: No such file"),
+        (["demo", "--output", "picture.jpg"], "expected a .png file"),
+        (["demo", "--output", "no/such/picture.png"], "in a directory that exists"),
+        (["demo", "--retention", "0"], "retention: expected a number in (0, 1], got 0.0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(arguments, says):
+    assert says in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prune-layers", "5,16"], "the model has 16 layers"),
+        (["--prune-layers", "8,5"], "rising order"),
+        (["--vision-top-k", "9"], "at most the model's 8"),
+        (["--strategy", "best"], "hybrid"),
+        (["--device", "potato"], "potato"),
+        (["--device", "cuda:99"], "--device cuda:99: this machine has"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_settings_of_run_are_one_line(picture, checkpoint, options, says):
+    device = [] if "--device" in options else ["--device", "cpu"]
+    assert says in refused("run", "--model", checkpoint, "--image", picture, "--prompt", "Hi", *device, *options)
+
+
+def test_what_is_no_image_or_no_supported_model_is_one_line(tmp_path, picture):
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    common = ["--prompt", "Hi", "--device", "cpu"]
+    assert "not an image" in refused("run", "--model", tmp_path, "--image", text, *common)
+    assert "error:" in refused("run", "--model", tmp_path / "missing", "--image", picture, *common)
+    # a language model without eyes
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    assert "qwen3_moe" in refused("run", "--model", tmp_path, "--image", picture, *common).lower()
+
+
+@pytest.mark.parametrize("module", ["typer", "rich"])
+def test_without_the_extra_the_command_names_it(module):
+    code = f"import sys; sys.modules[{module!r}] = None; from fastmmoe.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"fastmmoe: the command line needs {module}: pip install 'fastmmoe[cli]'"
+
+
+def test_the_command_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fastmmoe.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("demo", "run", "flops", "doctor"))
