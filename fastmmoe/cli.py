@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from fastmmoe.commands import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        sys.exit(f"fastmmoe: the command line needs {error.name}: pip install 'fastmmoe[cli]'")
+        sys.exit(f"fastmmoe: the command line needs {missing}: pip install 'fastmmoe[cli]'")
     app()
 
 

@@ -67,14 +67,15 @@ def demo(
 
     _check_output(output)
     pictures = _open_images(images) if images else [demo_.demo_photograph()]
-    with _progress("building the model"):
-        model, processor = demo_.demo_model(seed), demo_.demo_processor()
     with _refusing(ValueError, TypeError):
-        config = fastmmoe.FastMMoEConfig.preset(model, retention=retention)
-    result = _compare(model, processor, pictures, prompt or demo_.DEMO_PROMPT, config, max_new_tokens, output)
+        config = fastmmoe.FastMMoEConfig.preset(demo_.demo_config(), retention=retention)
+    with _one_thread():
+        with _progress("building the model"):
+            model, processor = demo_.demo_model(seed), demo_.demo_processor()
+        result = _compare(model, processor, pictures, prompt or demo_.DEMO_PROMPT, config, max_new_tokens, output)
     _show("demo", result, output, json)
     if not json:
-        note = "The demo's weights are random: its answers are babble, only their cost means something."
+        note = "The weights are random: the answers are babble, only their cost means something. One CPU thread."
         console.print(note, soft_wrap=True)
 
 
@@ -103,21 +104,25 @@ def run(
 ) -> None:
     """Ask a checkpoint about images, with FastMMoE off and on, and compare answers, FLOPs and prefill times."""
     _need("demo", "PIL", *(("matplotlib",) if output else ()))
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     from fastmmoe.processors import load_processor
 
     if output:
         _check_output(output)
     pictures = _open_images(images)
+    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        _fail(f"--model {model}: no such directory")
     given = {"vision_top_k": vision_top_k, "prune_layers": _layers(prune_layers), "alpha": alpha, "strategy": strategy}
+    overrides = {name: value for name, value in given.items() if value is not None}
     target = _device(device)
+    with _refusing(OSError, ValueError, TypeError):
+        # before the weights are loaded, which may take minutes
+        described = AutoConfig.from_pretrained(model)
+        config = fastmmoe.FastMMoEConfig.preset(described, retention=retention, **overrides)
     with _refusing(OSError, ValueError, ImportError), _progress("loading the model"):
         processor = load_processor(model)
         loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(target).eval()
-    with _refusing(ValueError, TypeError):
-        overrides = {name: value for name, value in given.items() if value is not None}
-        config = fastmmoe.FastMMoEConfig.preset(loaded, retention=retention, **overrides)
     result = _compare(loaded, processor, pictures, prompt, config, max_new_tokens, output)
     _show(model, result, output, json)
 
@@ -301,10 +306,21 @@ def _refusing(*kinds: type[Exception]) -> Iterator[None]:
 def _progress(description: str, total: int | None = None):
     """A progress bar on stderr; yields a function that names the next step."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         bar.update(task, completed=-1 if total else None)
         yield lambda step: bar.update(task, description=step, advance=1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The demo's operations are too small to share: threads that wait for each other can take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _need(extra: str, *modules: str) -> None:

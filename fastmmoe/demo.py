@@ -80,15 +80,10 @@ def demo_processor() -> InternVLProcessor:
     return InternVLProcessor(image_processor, tokenizer, TILE_TOKENS, CHAT_TEMPLATE)
 
 
-def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
-    """InternVL3.5's architecture in small (16 layers, 32 experts, top-8; 25 M parameters), float32, on the CPU.
-
-    Weights are drawn from `seed` at a scale that keeps activations near unit size and makes gates and attention
-    decided, as trained ones are: with transformers' own initialisation (standard deviation 0.02) every expert and
-    every token would be as good as any other. The caller's random state is left as it was.
-    """
+def demo_config() -> InternVLConfig:
+    """InternVL3.5's architecture in small: 16 layers of 16 experts, top-4; 28 M parameters."""
     vocabulary = _vocabulary()
-    config = InternVLConfig(
+    return InternVLConfig(
         vision_config=InternVLVisionConfig(
             image_size=TILE,
             patch_size=PATCH,
@@ -104,9 +99,9 @@ def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
             num_attention_heads=8,
             num_key_value_heads=2,
             head_dim=32,
-            num_experts=32,
-            num_experts_per_tok=8,
-            moe_intermediate_size=64,
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=128,
             norm_topk_prob=True,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             bos_token_id=None,
@@ -117,10 +112,20 @@ def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
         image_seq_length=TILE_TOKENS,
         tie_word_embeddings=False,
     )
+
+
+def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
+    """`demo_config`'s model in evaluation mode, float32, on the CPU.
+
+    Weights are drawn from `seed` at a scale that keeps activations near unit size and makes gates and attention
+    decided, as trained ones are: with transformers' own initialisation (standard deviation 0.02) every expert and
+    every token would be as good as any other. The caller's random state is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = InternVLForConditionalGeneration(config).eval()
+        model = InternVLForConditionalGeneration(demo_config()).eval()
         _draw_weights(model)
+    vocabulary = _vocabulary()
     # a random model would mostly say bytes that are no text, or one of them for ever
     sayable = {*string.ascii_letters, *string.digits, *string.punctuation, "\u0120", "<|im_end|>"}  # u0120: a space
     model.generation_config = GenerationConfig(

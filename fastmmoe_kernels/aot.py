@@ -67,9 +67,9 @@ def compile_variant(variant: KernelVariant, target: str) -> MachineCode:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    known = variant.signature.keys() | variant.constants.keys()
-    if known != set(variant.kernel.arg_names):
-        raise ValueError(f"signature and constants differ from the arguments in {known ^ set(variant.kernel.arg_names)}")
+    wrong = (variant.signature.keys() | variant.constants.keys()) ^ set(variant.kernel.arg_names)
+    if wrong:
+        raise ValueError(f"signature and constants differ from the kernel's arguments in {', '.join(sorted(wrong))}")
     for param in variant.kernel.params:
         if param.do_not_specialize and param.name in variant.constants:
             raise ValueError(f"{param.name} is a constant here, but a launch would not specialise it")
@@ -77,7 +77,7 @@ def compile_variant(variant: KernelVariant, target: str) -> MachineCode:
         variant.kernel,
         {name: variant.signature.get(name, "constexpr") for name in variant.kernel.arg_names},
         variant.constants,
-        _divisible_by_16(variant),
+        divisible_by_16(variant),
     )
     is_amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
@@ -87,7 +87,8 @@ def compile_variant(variant: KernelVariant, target: str) -> MachineCode:
     return _read_amd(compiled.asm, shared) if is_amd else _read_nvidia(compiled.asm, shared)
 
 
-def _divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list]:
+def divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list]:
+    """The hints of `ASTSource`: what Triton would find out from the arguments of a launch."""
     attributes = {}
     for param in variant.kernel.params:
         kind = variant.signature.get(param.name, "")
@@ -182,7 +183,8 @@ def _print_table(records: list[dict]) -> None:
         registers, spill, shared, wgmma = ("-" if number is None else number for number in numbers)
         pointer = next(iter(record["types"].values()), "")
         config = " ".join([pointer, *(f"{name}={value}" for name, value in record["config"].items())])
-        print(f"{record['kernel']:<26} {record['target']:<7} {registers:>9} {spill:>6} {shared:>7} {wgmma:>5}  {config}")
+        name, target = record["kernel"], record["target"]
+        print(f"{name:<26} {target:<7} {registers:>9} {spill:>6} {shared:>7} {wgmma:>5}  {config}")
         for problem in record["problems"]:
             print(f"  FAIL: {problem}")
 

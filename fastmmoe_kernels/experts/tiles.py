@@ -61,7 +61,7 @@ TILES = {
         16: (GemmTile(64, 128, 4, 3), GemmTile(64, 128, 4, 4)),
         32: (GemmTile(64, 64, 4, 4), GemmTile(128, 64, 4, 4)),
         64: (GemmTile(64, 64, 4, 3), GemmTile(128, 64, 4, 3)),
-        128: (GemmTile(64, 64, 4, 3), GemmTile(128, 64, 4, 3)),
+        128: (GemmTile(64, 64, 8, 3), GemmTile(128, 64, 8, 3)),
     },
     "sm_90": {
         16: (GemmTile(64, 128, 4, 4), GemmTile(64, 128, 4, 4)),
@@ -88,7 +88,7 @@ DEFAULT_TARGET = "sm_80"
 TILES_FLOAT32 = {
     16: (GemmTile(32, 32, 4, 2), GemmTile(64, 32, 4, 2)),
     32: (GemmTile(32, 32, 4, 2), GemmTile(64, 32, 4, 2)),
-    64: (GemmTile(32, 32, 4, 2), GemmTile(64, 32, 4, 2)),
+    64: (GemmTile(32, 32, 8, 2), GemmTile(64, 32, 8, 2)),
 }
 
 
@@ -107,25 +107,28 @@ def expert_tiles(
     fitting = [rows for rows in by_rows if pairs_per_expert <= BLOCK_M[rows]]
     block_m = min(fitting, default=max(by_rows))
     gate_up, down = by_rows[block_m]
-    limit = SHARED_MEMORY.get(target, DEFAULT_SHARED_MEMORY)
     return ExpertTiles(
         block_m,
-        _clamp(gate_up, block_m, 2, dtype.itemsize, limit, inner=hidden, columns=intermediate),
-        _clamp(down, block_m, 1, dtype.itemsize, limit, inner=intermediate, columns=hidden),
+        _clamp(gate_up, target, block_m, 2, dtype.itemsize, inner=hidden, columns=intermediate),
+        _clamp(down, target, block_m, 1, dtype.itemsize, inner=intermediate, columns=hidden),
     )
 
 
-def shared_memory(tile: GemmTile, block_m: int, operands: int, itemsize: int) -> int:
-    """Bytes of the pipeline's buffers, with `operands` weight tiles (2 in the gate_up GEMM)."""
-    return tile.num_stages * (block_m + operands * tile.block_n) * tile.block_k * itemsize
+def shared_memory(tile: GemmTile, target: str, block_m: int, operands: int, itemsize: int) -> int:
+    """Bytes that a program needs at most, with `operands` weight tiles (2 in the gate_up GEMM)."""
+    # on AMD the newest stage is in registers
+    buffers = tile.num_stages - 1 if target.startswith("gfx") else tile.num_stages
+    # a kilobyte for barriers
+    return buffers * (block_m + operands * tile.block_n) * tile.block_k * itemsize + 1024
 
 
 def _clamp(
-    tile: GemmTile, block_m: int, operands: int, itemsize: int, limit: int, *, inner: int, columns: int
+    tile: GemmTile, target: str, block_m: int, operands: int, itemsize: int, *, inner: int, columns: int
 ) -> GemmTile:
-    """No larger than the matrix, and within `limit` bytes: fewer stages first (at least 2), then smaller tiles."""
+    """No larger than the matrix, and within the target's memory: fewer stages (at least 2), then smaller tiles."""
+    limit = SHARED_MEMORY.get(target, DEFAULT_SHARED_MEMORY)
     tile = replace(tile, block_n=min(tile.block_n, _power_of_2(columns)), block_k=min(tile.block_k, _power_of_2(inner)))
-    while shared_memory(tile, block_m, operands, itemsize) > limit:
+    while shared_memory(tile, target, block_m, operands, itemsize) > limit:
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif tile.block_n > 32:

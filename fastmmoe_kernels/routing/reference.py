@@ -45,5 +45,5 @@ def topk_routing_reference(
 
 
 def _topk_lowest_id_first(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the k largest per row, by falling score; ties go to the lower index, as torch.topk does not promise."""
+    """Indices of the k largest per row, by falling score; ties go to the lower index (torch.topk promises no order)."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]

@@ -76,10 +76,10 @@ def test_flops_table_and_hub_name():
 def test_flops_of_a_checkpoint_directory(tmp_path):
     demo_model().config.save_pretrained(tmp_path)
     figures = json.loads(succeed("flops", tmp_path, "--text", 85, "--vision", 1792, "--json"))
-    # 16 layers, hidden 256, 8 heads of 32, 2 key heads, 32 experts of 64, 8 active
+    # 16 layers, hidden 256, 8 heads of 32, 2 key heads, 16 experts of 128, 4 active
     n = 85 + 1792
     attention = 2 * n * 256 * 2 * (256 + 64) + 2 * n * n * 256
-    assert figures["dense"] == 16 * (attention + 2 * n * 256 * 32 + 6 * 256 * 64 * 8 * n)
+    assert figures["dense"] == 16 * (attention + 2 * n * 256 * 16 + 6 * 256 * 128 * 4 * n)
     assert figures["saved"] == 0
 
 
@@ -102,7 +102,7 @@ def test_demo(tmp_path):
         assert report["tokens_per_layer"][layer] == [report["n_text"][0] + target]
         assert report["tokens_per_layer"][layer - 1] == [report["n_text"][0] + entering]
         entering = target
-    assert figures["config"]["vision_top_k"] == 4
+    assert figures["config"]["vision_top_k"] == 2
     assert 0.3 < report["flops"]["saved"] < 0.6
     assert figures["prefill_seconds"]["dense"] > 0 and figures["prefill_seconds"]["fastmmoe"] > 0
     assert len(figures["answers"]["dense"]) == len(figures["answers"]["fastmmoe"]) == 2
@@ -133,11 +133,11 @@ def test_run_on_a_saved_demo_is_the_demo(tmp_path, picture, checkpoint):
 
 
 def test_run_takes_images_and_settings(picture, checkpoint):
-    options = ["--vision-top-k", 2, "--prune-layers", "4,9", "--alpha", 0.3, "--strategy", "routing_similarity"]
+    options = ["--vision-top-k", 3, "--prune-layers", "4,9", "--alpha", 0.3, "--strategy", "routing_similarity"]
     common = ["--image", picture, "--image", picture, "--prompt", "Compare.", "--max-new-tokens", 2, "--json"]
     figures = json.loads(succeed("run", "--model", checkpoint, *common, *options, "--device", "cpu"))
     config = figures["config"]
-    assert (config["vision_top_k"], config["prune_layers"], config["alpha"]) == (2, [4, 9], 0.3)
+    assert (config["vision_top_k"], config["prune_layers"], config["alpha"]) == (3, [4, 9], 0.3)
     assert (config["strategy"], config["retention"]) == ("routing_similarity", 0.5)
     assert figures["report"]["n_vision"] == [512]
     assert [stage["layer"] for stage in figures["report"]["stages"]] == [4, 9]
@@ -195,7 +195,7 @@ def test_bad_input_is_one_line(arguments, says):
     [
         (["--prune-layers", "5,16"], "the model has 16 layers"),
         (["--prune-layers", "8,5"], "rising order"),
-        (["--vision-top-k", "9"], "at most the model's 8"),
+        (["--vision-top-k", "5"], "at most the model's 4"),
         (["--strategy", "best"], "hybrid"),
         (["--device", "potato"], "potato"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
@@ -212,7 +212,7 @@ def test_what_is_no_image_or_no_supported_model_is_one_line(tmp_path, picture):
     text.write_text("no picture")
     common = ["--prompt", "Hi", "--device", "cpu"]
     assert "not an image" in refused("run", "--model", tmp_path, "--image", text, *common)
-    assert "error:" in refused("run", "--model", tmp_path / "missing", "--image", picture, *common)
+    assert "missing: no such directory" in refused("run", "--model", tmp_path / "missing", "--image", picture, *common)
     # a language model without eyes
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     assert "qwen3_moe" in refused("run", "--model", tmp_path, "--image", picture, *common).lower()

@@ -132,7 +132,7 @@ def test_routing_and_attention_are_far_from_uniform(model, processor):
     for layer in (5, 8, 12):
         probs = logits[layer].float().softmax(-1)[vision]
         entropy = -(probs * probs.log()).sum(-1).mean()
-        assert entropy < 0.8 * np.log(32), layer
+        assert entropy < 0.8 * np.log(16), layer
         # not the same experts for every token either
         mean = probs.mean(0)
         assert -(mean * mean.log()).sum() > entropy + 0.1, layer

@@ -1,0 +1,137 @@
+"""Print what every op launches for some inputs, and every configuration that is compiled ahead of time, as JSON.
+
+`test_launches.py` runs this in a process of its own: kernels must have been imported without Triton's interpreter.
+Nothing is compiled and nothing runs; tensors stay uninitialised.
+"""
+
+import json
+import os
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import fastmmoe_kernels as fk
+from fastmmoe_kernels.aot import divisible_by_16, shipped_variants
+from fastmmoe_kernels.experts import kernel as experts_kernel
+
+COMPILER = make_backend(GPUTarget("cuda", 90, 32))
+launches: list[str] = []
+
+
+def describe(name, types, constants, divisible, num_warps, num_stages) -> str:
+    """All that Triton's compilation depends on."""
+    arguments = [f"{key}={value}" for key, value in sorted(constants.items())]
+    arguments += [f"{key}: {kind}{'/16' if key in divisible else ''}" for key, kind in sorted(types.items())]
+    return f"{name}({', '.join(arguments)}) warps={num_warps} stages={num_stages}"
+
+
+def record(kernel, *args, grid, warmup, **kwargs):
+    """In place of `JITFunction.run`."""
+    options = {"num_warps": 4, "num_stages": 3}
+    options |= {key: kwargs.pop(key) for key in tuple(kwargs) if key in options}
+    bind = create_function_from_signature(kernel.signature, kernel.params, COMPILER)
+    _, specialization, _ = bind(*args, **kwargs)
+    types, constants, divisible = {}, {}, set()
+    for name, (kind, value) in zip(kernel.arg_names, specialization, strict=True):
+        if kind == "constexpr":
+            constants[name] = value
+        else:
+            types[name] = kind
+            divisible |= {name} if "D" in (value or "") else set()
+    launches.append(describe(kernel.__name__, types, constants, divisible, **options))
+
+
+def describe_variant(variant) -> str:
+    divisible = {variant.kernel.arg_names[index] for (index,) in divisible_by_16(variant)}
+    name, stages = variant.kernel.__name__, variant.num_stages
+    return describe(name, variant.signature, variant.constants, divisible, variant.num_warps, stages)
+
+
+def launched(op, *args, **kwargs) -> list[str]:
+    launches.clear()
+    op(*args, backend="triton", **kwargs)
+    return list(launches)
+
+
+def ones(*shape):
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def route(num_tokens, experts=128, top_k=8, dtype=torch.bfloat16, **options):
+    logits = torch.empty(num_tokens, experts, dtype=dtype)
+    return launched(
+        fk.topk_routing, logits, top_k, vision_mask=ones(num_tokens), vision_top_k=top_k // 2, **options
+    )
+
+
+def attend(num_keys, heads=32, kv_heads=4, head_dim=128, batch=1, dtype=torch.bfloat16, tokens_first=False):
+    query = torch.empty(batch, heads, num_keys, head_dim, dtype=dtype)[:, :, -1]
+    key = torch.empty(batch, kv_heads, num_keys, head_dim, dtype=dtype)
+    if tokens_first:
+        key = torch.empty(batch, num_keys, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
+    return launched(fk.last_query_attention, query, key, scale=0.1, key_mask=ones(batch, num_keys))
+
+
+def prune(num_tokens, experts=128, features=2048, batch=1, dtype=torch.bfloat16):
+    hidden = torch.empty(batch, num_tokens, features, dtype=dtype)
+    probs, importance = torch.empty(batch, num_tokens, experts), torch.empty(batch, num_tokens)
+    layout = fk.VisionLayout.from_mask(ones(batch, num_tokens))
+    return launched(
+        fk.prune_tokens, hidden, hidden, probs, importance, layout, keep_ratio=0.79, merge_ratio=0.025, window=3,
+        alpha=0.5, strategy="hybrid", merge_method="mlerp",
+    )  # fmt: skip
+
+
+def run_experts(num_tokens, experts=128, top_k=8, width=2048, intermediate=768, dtype=torch.bfloat16):
+    hidden = torch.empty(num_tokens, width, dtype=dtype)
+    gate_up = torch.empty(experts, 2 * intermediate, width, dtype=dtype)
+    down = torch.empty(experts, width, intermediate, dtype=dtype)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
+    return launched(fk.moe_experts, hidden, gate_up, down, ids, torch.empty(num_tokens, top_k))
+
+
+def main():
+    JITFunction.run = record
+    experts_kernel.device_target = lambda device: "sm_90"
+    variants = [describe_variant(v) for v in shipped_variants() if "sm_90" in v.targets]
+    # from here on the ops accept tensors on the CPU; the kernels are imported, so that nothing is interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+    lengths = (1, 2, 16, 33, 100, 512, 1000)
+    report = {
+        "variants": variants,
+        "lengths": {
+            "routing": [route(n) for n in lengths],
+            "routing, 72 experts": [route(n, 72, 6) for n in lengths],
+            "attention": [attend(n) for n in lengths],
+            "attention, batch": [attend(n, batch=3) for n in lengths],
+            "attention, tokens first": [attend(n, tokens_first=True) for n in lengths],
+            "attention, odd head": [attend(n, head_dim=7) for n in lengths],
+            # a plan that prunes needs a few tokens
+            "prune": [prune(n) for n in lengths[2:]],
+            "prune, batch": [prune(n, batch=3) for n in lengths[2:]],
+            # the row tile follows the pairs per expert: all of these share one
+            "experts": [run_experts(n) for n in (4096, 4097, 5000, 6000)],
+        },
+        "models": {
+            "InternVL3.5-30B-A3B": [
+                *route(1892), *attend(1892), *attend(1892, batch=2), *prune(1892), *prune(1892, batch=2),
+                *run_experts(1892), *run_experts(16384),
+            ],
+            "DeepSeek-VL2 Small": [
+                *route(1500, 64, 6, dtype=torch.float32, norm_topk_prob=False), *attend(1500, 16, 16, 192),
+                *prune(1500, 64),
+            ],
+            "DeepSeek-VL2": [
+                *route(1500, 72, 6, dtype=torch.float32, scoring="sigmoid", correction_bias=torch.empty(72)),
+                *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536),
+            ],
+        },
+    }  # fmt: skip
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
