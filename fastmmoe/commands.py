@@ -304,11 +304,11 @@ def _refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def _progress(description: str, total: int | None = None):
-    """A progress bar on stderr; yields a function that names the next step."""
+    """A progress bar on stderr, if that is a terminal; yields a function that names the step about to begin."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        bar.update(task, completed=-1 if total else None)
+        # from -1: naming the first step has completed none
+        task = bar.add_task(description, total=total, completed=-1 if total else 0)
         yield lambda step: bar.update(task, description=step, advance=1)
 
 

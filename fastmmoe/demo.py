@@ -139,7 +139,7 @@ def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
 
 
 def save_demo(directory: str | Path, seed: int = 0) -> Path:
-    """Write the demo's model and processor as a checkpoint directory, as `from_pretrained` reads it (100 MB)."""
+    """Write the demo's model and processor as a checkpoint directory, as `from_pretrained` reads it (113 MB)."""
     directory = Path(directory)
     demo_model(seed).save_pretrained(directory)
     demo_processor().save_pretrained(directory)

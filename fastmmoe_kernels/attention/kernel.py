@@ -67,7 +67,7 @@ def attention_logits_kernel(
         query = tl.load(
             query_ptrs + d[None, :] * stride_qd, mask=(member[:, None] < HEADS_PER_GROUP) & (d[None, :] < D), other=0.0
         )
-        # masked keys are not loaded: they may hold NaN
+        # masked keys cost no bandwidth
         key = tl.load(key_ptrs + d[:, None] * stride_kd, mask=valid[None, :] & (d[:, None] < D), other=0.0)
         logits = tl.dot(query, key, logits, input_precision="ieee")
     logits = tl.where(valid[None, :], logits * scale, float("-inf"))

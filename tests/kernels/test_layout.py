@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fastmmoe_kernels import PrunePlan, VisionLayout, prune_plan
 
 TEXT, VISION, PADDING = 0, 1, 2
-ratios = st.floats(0, 1, allow_subnormal=False)
+# round ones reach the bounds of the plan exactly
+ratios = st.sampled_from([1 / 3, 0.5, 1.0]) | st.floats(0, 1, allow_subnormal=False)
 
 
 @st.composite
@@ -45,7 +46,7 @@ def find_runs(row):
     return runs
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(batches(), st.integers(1, 5), st.booleans())
 def test_layout_of_a_padded_batch(batch, window, vision_at_padding):
     rows, side = batch
@@ -77,7 +78,7 @@ def test_layout_of_a_padded_batch(batch, window, vision_at_padding):
     assert layout.windows(window) == windows
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(batches(), ratios.filter(lambda r: r > 0), ratios, st.integers(1, 5))
 def test_counts_of_a_batch_are_the_plans_of_its_samples(batch, keep_ratio, merge_ratio, window):
     layout = build(batch[0])
@@ -113,7 +114,7 @@ def test_plan(runs, keep_ratio, merge_ratio, window):
         ([1], 0.5, 0.5, 3, (1, 0)),  # nothing to prune
         ([10], 1.0, 1.0, 3, (10, 0)),
         ([10], 0.01, 0.5, 3, (1, 0)),  # one always survives
-        ([6], 0.5, 1.0, 3, (3, 1)),  # 2 windows: only one may merge
+        ([6], 0.34, 1.0, 3, (2, 1)),  # 2 windows: only one may merge
         ([3, 3, 3, 3], 0.75, 1.0, 3, (9, 1)),  # 12 - 9 tokens too many: room for one merge
         ([5, 5], 0.5, 1.0, 1, (5, 5)),  # a window of one merges into itself
         ([1792], 0.5 ** (1 / 3), 0.025, 3, (1422, 35)),  # InternVL3.5, 7 tiles of 256
