@@ -1,4 +1,4 @@
-# Everything runs in .venv, made from constraints.txt on first use. Needs Python >= 3.11 with venv, and a C++ compiler
+# Everything runs in .venv, made from constraints.txt on first use. Needs Python 3.11 with venv, and a C++ compiler
 # for the tests.
 PYTHON ?= python3
 
@@ -32,8 +32,9 @@ venv: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/fastmmoe demo
 
+# one thread per worker: threads of several workers on few cores only wait for each other
 test: $(STAMP)
-	$(BIN)/python -m pytest --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=10
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

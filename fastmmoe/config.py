@@ -91,9 +91,7 @@ class FastMMoEConfig:
         if self.vision_top_k is None:
             return
         if self.vision_top_k > num_experts_per_tok:
-            raise ValueError(
-                f"vision_top_k={self.vision_top_k}: expected at most the model's {num_experts_per_tok}"
-            )
+            raise ValueError(f"vision_top_k={self.vision_top_k}: expected at most the model's {num_experts_per_tok}")
         if self.vision_top_k < num_experts_per_tok and self.reduction_layer >= num_hidden_layers:
             raise ValueError(
                 f"reduction_layer={self.reduction_layer}: {layers}; vision_top_k={self.vision_top_k} would silently do "

@@ -32,7 +32,8 @@ def check_experts(experts: nn.Module) -> None:
             are no plain floating tensors (quantized, sharded).
     """
     name = type(experts).__name__
-    for attribute, wanted in {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}.items():
+    layout = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    for attribute, wanted in layout.items():
         if getattr(experts, attribute, wanted) != wanted:
             raise ValueError(f"experts: {name} has {attribute}={not wanted}, expected {wanted}")
     if not isinstance(experts.act_fn, nn.SiLU) and type(experts.act_fn).__name__ != "SiLUActivation":

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastmmoe import attention, experts
-from fastmmoe.adapters import Adapter, find_text_model
+from fastmmoe.adapters import find_text_model
 from fastmmoe.config import FastMMoEConfig
 from fastmmoe.prefill import CACHE_STATE, NO_EFFECT, CacheState, ForwardPass, Segment
 from fastmmoe_kernels import VisionLayout, last_query_attention, prune_tokens, topk_routing
@@ -40,7 +40,7 @@ class Hooks:
         self.config = config
         self.text_config = self._text.config
         self.last: list[Segment] | None = None
-        self._heads = [m for m in model.modules() if _takes_logits_to_keep(m) and any(c is self._text for c in m.modules())]
+        self._heads = [m for m in model.modules() if _takes_logits_to_keep(m) and self._text in m.modules()]
         self._layers = list(self._text.layers)
         self._stages = {layer: stage for stage, layer in enumerate(config.prune_layers)}
         self._local = threading.local()
@@ -184,7 +184,9 @@ class Hooks:
         if vision is None and state is None:
             return
         if module.training:
-            raise RuntimeError("model: expected evaluation mode, got training mode; call fastmmoe.disable(model) to train")
+            raise RuntimeError(
+                "model: expected evaluation mode, got training mode; fastmmoe.disable(model) to train it"
+            )
         if inputs.get("output_router_logits") or getattr(self.text_config, "output_router_logits", False):
             raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
         if inputs.get("cu_seq_lens_q") is not None:
@@ -217,15 +219,13 @@ class Hooks:
             valid = torch.ones(batch, n, dtype=torch.bool, device=device) if new_mask is None else new_mask.bool()
             # one token per sample is a decode step; it would not be decoded if it were padding
             segment, back = Segment(valid, n == 1 or new_mask is None), 0
-        self._local.forward_pass = ForwardPass(
-            self.text_config, [segment], cache, past, state, old_mask, back
-        )
+        self._local.forward_pass = ForwardPass(self.text_config, [segment], cache, past, state, old_mask, back)
 
     def _check_prompt_ends(self, layout: VisionLayout) -> None:
         """A sample's last token asks for the others and answers: it must not be pruned itself."""
         for sample, (n_vision, tail) in enumerate(zip(layout.n_vision, layout.tails, strict=True)):
             if self._stages and n_vision and not tail:
-                raise ValueError(f"input_ids: sample {sample} ends in a vision token, expected text at the end of a prompt")
+                raise ValueError(f"input_ids: sample {sample} ends in a vision token, expected text at the end")
 
     @staticmethod
     def _device(inputs: dict[str, Any]) -> torch.device:
@@ -292,7 +292,8 @@ class Hooks:
             asking = query[:, :, n - 1 - current.back]  # [B, Hq, D]
         else:
             last = device_table((tuple(length - 1 - current.back for length in layout.lengths),), query.device)
-            asking = query.gather(2, last.long().view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
+            last = last.long().view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[3])
+            asking = query.gather(2, last)[:, :, 0]
         mask = None
         if not current.is_full(behind) or current.back:
             mask = current.key_mask(behind, key.device)

@@ -75,8 +75,8 @@ class CacheState:
         removed = self.length - seen
         if removed > self.tail:
             raise RuntimeError(
-                f"past_key_values: cropped to {seen} tokens, into the {self.length - self.tail} that hold pruned vision "
-                "tokens; start from a fresh cache"
+                f"past_key_values: cropped to {seen} tokens, into the {self.length - self.tail} that hold pruned "
+                "vision tokens; start from a fresh cache"
             )
         if removed > 0:
             self.length, self.tail = seen, self.tail - removed

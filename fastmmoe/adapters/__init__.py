@@ -14,7 +14,7 @@ def find_text_model(model: nn.Module) -> tuple[Adapter, nn.Module, nn.Module]:
     Raises:
         ValueError: no supported pair of a multimodal model and an MoE text model inside `model`.
     """
-    for name, parent in model.named_modules():
+    for parent in model.modules():
         parent_type = getattr(getattr(parent, "config", None), "model_type", None)
         for child in parent.children():
             text_type = getattr(getattr(child, "config", None), "model_type", None)

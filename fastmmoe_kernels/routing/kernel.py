@@ -88,9 +88,7 @@ def topk_routing_kernel(
         scores += tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
     scores = tl.where(expert < E, scores, float("-inf"))
     if N_GROUP > 1:
-        scores = _mask_groups(
-            scores, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, HAS_BIAS, BLOCK_G, BLOCK_E
-        )
+        scores = _mask_groups(scores, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, HAS_BIAS, BLOCK_G, BLOCK_E)
 
     slot = tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     ids = tl.full((BLOCK_T, BLOCK_K), E, tl.int32)

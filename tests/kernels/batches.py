@@ -32,7 +32,13 @@ class Batch:
 
 
 def random_batch(
-    seed: int, lengths: list[int], share: float, padding_side: str, experts: int = 6, features: int = 9, ties: bool = False
+    seed: int,
+    lengths: list[int],
+    share: float,
+    padding_side: str,
+    experts: int = 6,
+    features: int = 9,
+    ties: bool = False,
 ) -> Batch:
     """Samples of the given lengths in which each token is a vision token with probability `share`.
 

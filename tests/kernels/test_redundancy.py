@@ -48,9 +48,7 @@ def test_row_in_several_blocks(window, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dense_form_is_empty_outside_windows(backend):
     batch = random_batch(1, [12, 7], 0.6, "left").to(DEVICE, torch.float32)
-    s, a, c, windows = window_scores(
-        batch.probs, batch.importance, batch.layout.run_rank, 3, 0.5, "hybrid", backend
-    )
+    s, a, c, windows = window_scores(batch.probs, batch.importance, batch.layout.run_rank, 3, 0.5, "hybrid", backend)
     head = (batch.layout.run_rank >= 0) & (batch.layout.run_rank % 3 == 0)
     assert (s[~head] == 0).all() and (a[~head] == 0).all() and (c[~head] == float("-inf")).all()
     assert windows.tolist() == head.sum(1).tolist()

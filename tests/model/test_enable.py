@@ -1,4 +1,4 @@
-"""Switching FastMMoE on and off: what is refused, what is left behind, and uses beyond one prefill and greedy decoding."""
+"""Switching FastMMoE on and off: what is refused, what is left behind, and uses beyond one prefill."""
 
 import copy
 import threading
