@@ -8,7 +8,8 @@ import torch.nn.functional as F
 # rows of one expert that are worked on at a time: their activations stay in the cache, in buffers that are used again
 # and again (touching fresh memory costs more than the arithmetic on it)
 ROWS = 512
-# column blocks of a product with an expert's weights
+# column blocks of a product with an expert's weights: BLAS leaves cores idle on one product of few rows, but not on a
+# batch of them
 BLOCKS = 4
 
 
@@ -28,40 +29,39 @@ def moe_experts_reference(
     # on a GPU the host waits here for the counts; the Triton backend does not
     counts = expert.bincount(minlength=num_experts)[:num_experts].tolist()
 
+    gate_up_proj = _split_columns(gate_up_proj)  # [E, B, H, 2I / B], the gate's blocks first
+    down_proj = _split_columns(down_proj)  # [E, B, I, H / B]
     out = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     rows = min(ROWS, max(counts, default=0))
-    x_buffer, y_buffer = (hidden.new_empty(rows * width) for _ in range(2))
-    gate_up_buffer = hidden.new_empty(rows * 2 * intermediate)
-    act_buffer = hidden.new_empty(rows * intermediate)
-    weighted_buffer = out.new_empty(rows * width)
+    x_buffer = hidden.new_empty(rows, width)
+    act_buffer = hidden.new_empty(rows, intermediate)
+    weighted_buffer = out.new_empty(rows, width)
+    product_buffer = hidden.new_empty(rows * max(2 * intermediate, width))
     end = 0
     for e, count in enumerate(counts):
         start, end = end, end + count
         for first in range(start, end, ROWS):
-            pair = slice(first, min(first + ROWS, end))
-            n = pair.stop - first
-            x = torch.index_select(hidden, 0, token[pair], out=x_buffer[: n * width].view(n, width))
-            gate, up = _matmul(x, gate_up_proj[e], gate_up_buffer).chunk(2)  # [blocks, n, I / blocks]
-            act = act_buffer[: n * intermediate].view(n, intermediate)
-            torch.mul(F.silu(gate, inplace=True), up, out=_by_blocks(act, len(gate)))
-            y = _matmul(act, down_proj[e], y_buffer)
-            weighted = weighted_buffer[: n * width].view(n, width)
-            torch.mul(y, weight[pair], out=_by_blocks(weighted, len(y)))
-            out.index_add_(0, token[pair], weighted)
+            last = min(first + ROWS, end)
+            n = last - first
+            x = torch.index_select(hidden, 0, token[first:last], out=x_buffer[:n])
+            gate, up = _matmul(x, gate_up_proj[e], product_buffer).chunk(2)
+            act = act_buffer[:n]
+            torch.mul(F.silu(gate, inplace=True), up, out=act.view(n, len(gate), -1).transpose(0, 1))
+            y = _matmul(act, down_proj[e], product_buffer)
+            weighted = weighted_buffer[:n]
+            torch.mul(y, weight[first:last], out=weighted.view(n, len(y), -1).transpose(0, 1))
+            # expert by expert, and within one no row twice unless a token names it twice: repeatable, on a GPU too
+            out.index_add_(0, token[first:last], weighted)
     return out.to(hidden.dtype)
 
 
+def _split_columns(weight: torch.Tensor) -> torch.Tensor:
+    """[E, columns, inner] as [E, B, inner, columns / B]."""
+    return weight.unflatten(1, (math.gcd(BLOCKS, weight.shape[1]), -1)).mT
+
+
 def _matmul(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`, in `buffer`, as blocks of columns [blocks, n, columns / blocks].
-
-    BLAS leaves most cores idle on a product of few rows, but not on a batch of them.
-    """
-    (n, inner), columns = x.shape, len(weight)
-    blocks = math.gcd(BLOCKS, columns)
-    out = buffer[: n * columns].view(blocks, n, columns // blocks)
-    return torch.bmm(x.expand(blocks, n, inner), weight.unflatten(0, (blocks, -1)).mT, out=out)
-
-
-def _by_blocks(x: torch.Tensor, blocks: int) -> torch.Tensor:
-    """[n, columns] as [blocks, n, columns / blocks]."""
-    return x.unflatten(1, (blocks, -1)).transpose(0, 1)
+    """[n, inner] times [B, inner, columns / B], in `buffer`: [B, n, columns / B]."""
+    blocks, _, columns = weight.shape
+    out = buffer[: blocks * len(x) * columns].view(blocks, len(x), columns)
+    return torch.bmm(x.expand(blocks, *x.shape), weight, out=out)

@@ -170,7 +170,7 @@ def _move_row(
             tl.store(out_ptr + column, x, mask=column < H)
 
 
-@triton.jit(do_not_specialize=["n", "width"])
+@triton.jit(do_not_specialize=["n", "width", "hidden_stride_batch", "residual_stride_batch"])
 def move_and_merge_kernel(
     hidden_ptr,  # [B, n, H]
     residual_ptr,  # [B, n, H]

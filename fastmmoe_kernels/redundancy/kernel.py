@@ -9,7 +9,7 @@ from fastmmoe_kernels.variant import KernelVariant
 BLOCK_N = 1024
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "stride_batch"])
 def window_similarity_kernel(
     probs_ptr,  # [B, n, E]
     importance_ptr,  # [B, n]
@@ -136,6 +136,7 @@ def aot_variants() -> list[KernelVariant]:
             {"probs_ptr": "*fp32", "importance_ptr": "*fp32", "rank_ptr": "*i32", "similarity_ptr": "*fp32",
              "attention_ptr": "*fp32", "n": "i32", "stride_batch": "i32", "stride_token": "i32"},
             {"E": experts, "WINDOW": 3, "BLOCK_W": 4, "BLOCK_E": triton.next_power_of_2(experts)},
+            unaligned=("stride_token",) if experts % 16 else (),
         )
         for experts in (64, 72, 128)
     ]  # fmt: skip

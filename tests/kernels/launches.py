@@ -122,7 +122,7 @@ def main():
             ],
             "DeepSeek-VL2 Small": [
                 *route(1500, 64, 6, dtype=torch.float32, norm_topk_prob=False), *attend(1500, 16, 16, 192),
-                *prune(1500, 64),
+                *prune(1500, 64), *prune(1500, 72, 2560),
             ],
             "DeepSeek-VL2": [
                 *route(1500, 72, 6, dtype=torch.float32, scoring="sigmoid", correction_bias=torch.empty(72)),
