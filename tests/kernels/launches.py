@@ -122,11 +122,11 @@ def main():
             ],
             "DeepSeek-VL2 Small": [
                 *route(1500, 64, 6, dtype=torch.float32, norm_topk_prob=False), *attend(1500, 16, 16, 192),
-                *prune(1500, 64), *prune(1500, 72, 2560),
+                *prune(1500, 64),
             ],
             "DeepSeek-VL2": [
                 *route(1500, 72, 6, dtype=torch.float32, scoring="sigmoid", correction_bias=torch.empty(72)),
-                *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536),
+                *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536), *prune(1500, 72, 2560),
             ],
         },
     }  # fmt: skip
