@@ -241,7 +241,7 @@ def main(
     retention: Annotated[float, typer.Option(help="Overall share of vision tokens kept.")] = 0.5,
     rounds: Annotated[int, typer.Option(help="Times each variant runs; medians count.")] = 7,
     steps: Annotated[int, typer.Option(help="Decode steps after each prefill.")] = 4,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; several of them suffer from any other load.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Compare prefill and decoding times; print time and FLOPs ratios side by side."""
