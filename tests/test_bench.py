@@ -10,14 +10,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-import typer
-
-ROOT = Path(__file__).parents[1]
 import bench_experts
 import contestants
+import pytest
+import torch
 import tune_experts
+import typer
 from launches import record_launches
 from roofline import ESTIMATE, Ceilings, ExpertsShape, expert_stages, padding_factor, roofline_seconds
 from tile_table import replace_row
@@ -27,6 +25,7 @@ from workload import make_hidden, make_routing, make_weights, reference, routing
 from fastmmoe_kernels.experts import kernel, tiles
 from fastmmoe_kernels.experts.tiles import GemmTile
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 QWEN = bench_experts.SHAPES["A"]
 SMALL = ExpertsShape("small", 24, 16, 6, (3, 1))
