@@ -148,6 +148,8 @@ def flops(
     """Count a prefill's FLOPs, dense and with FastMMoE (the language model only), without loading any weights."""
     from transformers import AutoConfig
 
+    from fastmmoe.models import deepseek_vl2  # noqa: F401  registers its configuration
+
     with _refusing(OSError, ValueError, TypeError):
         config = fastmmoe.FastMMoEConfig(
             vision_top_k=vision_top_k,

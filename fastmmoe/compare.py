@@ -79,10 +79,13 @@ def compare(
     Raises:
         ValueError, TypeError: a model or a config that FastMMoE does not support.
     """
+    # DeepSeek-VL2's official checkpoints do not say where generation ends
+    end = model.generation_config.eos_token_id
+    end = processor.tokenizer.eos_token_id if end is None else end
 
     @torch.inference_mode()
     def answer() -> str:
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end)
         return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     @torch.inference_mode()

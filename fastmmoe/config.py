@@ -211,7 +211,7 @@ class _Preset:
 
     supported: str  # for the error that lists what there is
     names: str  # pattern of the plain names, see plain_name
-    model_types: tuple[str, ...]  # of a composite or of its text config; empty: by name only
+    model_types: tuple[str, ...]  # of a composite or of its text config
     num_experts_per_tok: int  # for names; a model or config brings its own
     prune_layers: tuple[int, ...]
     alpha: float
@@ -232,9 +232,10 @@ _PRESETS = (
         merge_ratio=0.025,
     ),
     _Preset(
-        supported="DeepSeek-VL2 (by name only: deepseek-vl2, deepseek-vl2-small, deepseek-vl2-tiny)",
+        supported="DeepSeek-VL2 (a model or config of type deepseek_vl_v2; the names deepseek-vl2, "
+        "deepseek-vl2-small, deepseek-vl2-tiny)",
         names=r"deepseek-vl2(-small|-tiny)?",
-        model_types=(),
+        model_types=("deepseek_vl_v2",),
         num_experts_per_tok=6,
         prune_layers=(2, 5, 8),
         alpha=0.3,

@@ -1,6 +1,7 @@
 """Floating-point operations of a language model's prefill, dense and with FastMMoE (method section 3).
 
 The convention: a multiply-add counts 2; attention scores and values count the causal half, `2 n^2 heads head_dim`;
+latent attention (MLA) counts as transformers computes it in a prefill, every head's keys and values written out;
 norms, activations, rotary embeddings, the language head and FastMMoE's own scoring (one attention row and one gate
 pass per prune layer, under 0.1 % of a 30B model's total) are left out, and so is the vision tower.
 """
@@ -58,6 +59,9 @@ class Architecture:
         intermediate_size: width of the dense MLP of `dense_layers`.
         moe_intermediate_size: width of one expert.
         shared_intermediate_size: width of all shared experts together; 0 without.
+        kv_lora_rank: width of MLA's latent; 0 for other attention. With MLA `head_dim` is that of queries and keys,
+            `qk_rope_head_dim` the part of it that a key shares with all heads, and values have `v_head_dim`.
+        q_lora_rank: width of the queries' latent; 0 without.
         dense_layers: layers with a dense MLP in place of the experts.
     """
 
@@ -72,18 +76,20 @@ class Architecture:
     intermediate_size: int = 0
     shared_intermediate_size: int = 0
     dense_layers: frozenset[int] = frozenset()
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
 
     @classmethod
     def from_config(cls, model_or_config: Any) -> "Architecture":
         """Read the dimensions from a transformers config (a composite one's text config) or a model.
 
         Raises:
-            ValueError: no experts, or attention that the convention does not cover (MLA, sliding, linear).
+            ValueError: no experts, or attention that the convention does not cover (sliding, linear).
         """
         config = text_config_of(model_or_config)
         kind = getattr(config, "model_type", type(config).__name__)
-        if getattr(config, "kv_lora_rank", None):
-            raise ValueError(f"text_config: {kind} uses multi-head latent attention (MLA), which is not counted yet")
         other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
         if other:
             raise ValueError(f"text_config: {kind} has layers of type {other}, expected full attention in every layer")
@@ -103,21 +109,28 @@ class Architecture:
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             num_experts=num_experts,
             num_experts_per_tok=top_k,
             moe_intermediate_size=width,
             intermediate_size=getattr(config, "intermediate_size", None) or 0,
             shared_intermediate_size=shared,
             dense_layers=_dense_layers(config),
+            **_head_dims(config),
         )
 
     def attention_flops(self, tokens: int) -> int:
         """Projections, causal scores and values of one layer's attention over one sample's tokens."""
         width = self.num_attention_heads * self.head_dim
-        kv_width = self.num_key_value_heads * self.head_dim
-        projections = 2 * self.hidden_size * (2 * width + 2 * kv_width)  # query and output, key and value
-        return tokens * projections + 2 * tokens**2 * width
+        value_width = self.num_attention_heads * (self.v_head_dim or self.head_dim)
+        if self.kv_lora_rank:
+            query = (self.hidden_size + width) * self.q_lora_rank or self.hidden_size * width
+            latent = self.hidden_size * (self.kv_lora_rank + self.qk_rope_head_dim)
+            heads = self.kv_lora_rank * (width - self.num_attention_heads * self.qk_rope_head_dim + value_width)
+            weights = query + latent + heads
+        else:
+            weights = self.hidden_size * (width + 2 * self.num_key_value_heads * self.head_dim)
+        weights += value_width * self.hidden_size  # output
+        return 2 * tokens * weights + tokens**2 * (width + value_width)
 
     def mlp_flops(self, layer: int, tokens: int, active_experts: int) -> int:
         """The layer's gate and experts, or its dense MLP; `active_experts` is summed over the tokens."""
@@ -127,6 +140,19 @@ class Architecture:
         gate = 2 * self.hidden_size * self.num_experts * tokens
         experts = swiglu * self.moe_intermediate_size * active_experts
         return gate + experts + swiglu * self.shared_intermediate_size * tokens
+
+
+def _head_dims(config: Any) -> dict[str, int]:
+    """The dimensions of a head, and those of MLA where a model has it."""
+    if not getattr(config, "kv_lora_rank", None) or not getattr(config, "use_mla", True):
+        return {"head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
+    return {
+        "head_dim": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "kv_lora_rank": config.kv_lora_rank,
+        "q_lora_rank": config.q_lora_rank or 0,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+    }
 
 
 def _dense_layers(config: Any) -> frozenset[int]:
@@ -153,10 +179,61 @@ _QWEN3_30B_A3B = Architecture(
     intermediate_size=6144,
 )
 
-# text models by plain name; hub names that start with one are found too
+_DEEPSEEK_VL2_TINY = Architecture(
+    num_hidden_layers=12,
+    hidden_size=1280,
+    num_attention_heads=10,
+    num_key_value_heads=10,
+    head_dim=128,
+    num_experts=64,
+    num_experts_per_tok=6,
+    moe_intermediate_size=896,
+    intermediate_size=6848,
+    shared_intermediate_size=2 * 896,
+    dense_layers=frozenset({0}),
+)
+
+_DEEPSEEK_VL2_SMALL = Architecture(
+    num_hidden_layers=27,
+    hidden_size=2048,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=128 + 64,
+    num_experts=64,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1408,
+    intermediate_size=10944,
+    shared_intermediate_size=2 * 1408,
+    dense_layers=frozenset({0}),
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)
+
+_DEEPSEEK_VL2 = Architecture(
+    num_hidden_layers=30,
+    hidden_size=2560,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128 + 64,
+    num_experts=72,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1536,
+    intermediate_size=12288,
+    shared_intermediate_size=2 * 1536,
+    dense_layers=frozenset({0}),
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)
+
+# text models by plain name; hub names that start with one are found too, so a name stands in front of its own start
 ARCHITECTURES: dict[str, Architecture] = {
     "internvl3.5-30b-a3b": _QWEN3_30B_A3B,
     "qwen3-vl-30b-a3b": _QWEN3_30B_A3B,
+    "deepseek-vl2-tiny": _DEEPSEEK_VL2_TINY,
+    "deepseek-vl2-small": _DEEPSEEK_VL2_SMALL,
+    "deepseek-vl2": _DEEPSEEK_VL2,
 }
 
 

@@ -156,16 +156,7 @@ class Hooks:
 
     def _before_parent(self, module: nn.Module, inputs: dict[str, Any]) -> None:
         self._local.vision = None
-        # a placeholder id without features is text: the model may generate one
-        if not any(_is_given(inputs.get(name)) for name in self.adapter.vision_inputs):
-            return
-        ids = self.adapter.vision_token_ids(module.config)
-        if inputs.get("input_ids") is not None:
-            self._local.vision = _is_any(inputs["input_ids"], ids)
-        elif inputs.get("inputs_embeds") is not None:
-            embeds = inputs["inputs_embeds"]
-            table = module.get_input_embeddings()(torch.tensor(ids, device=embeds.device))
-            self._local.vision = (embeds.unsqueeze(2) == table).all(-1).any(-1)
+        self._local.vision = self.adapter.vision_mask(module, inputs)
 
     def _after_parent(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if getattr(self._local, "vision", None) is not None:
@@ -396,7 +387,6 @@ class Hooks:
             logits,
             vision_mask=few.flatten().to(logits.device),
             vision_top_k=self.config.vision_top_k,
-            scoring=self.adapter.scoring,
             backend=self.config.backend,
             **self.adapter.routing_options(gate),
         )
@@ -416,21 +406,6 @@ def _bound(module: nn.Module, hook: Callable[[nn.Module, dict[str, Any]], None])
         hook(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
     return pre_hook
-
-
-def _is_given(features: Any) -> bool:
-    """Whether an argument carries vision features: a tensor, or a dict with at least one."""
-    if isinstance(features, dict):
-        return any(value is not None for value in features.values())
-    return features is not None
-
-
-def _is_any(input_ids: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
-    """bool like input_ids: the token is one of `ids`."""
-    mask = input_ids == ids[0]
-    for other in ids[1:]:
-        mask = mask | (input_ids == other)
-    return mask
 
 
 def _cached_tokens(cache: Any, state: CacheState | None, new: int) -> int:

@@ -6,6 +6,8 @@ import transformers
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import is_torchvision_available
 
+from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Processor
+
 
 class InternVLProcessor(transformers.InternVLProcessor):
     """InternVL's processor for text and images.
@@ -22,11 +24,14 @@ class InternVLProcessor(transformers.InternVLProcessor):
 def load_processor(checkpoint: str):
     """The processor of `checkpoint`, a directory or a hub id.
 
-    InternVL is loaded without its video part, the only one that needs torchvision. Raises `OSError` when there is
-    no such checkpoint and `ImportError` when another family's processor does not load without torchvision.
+    InternVL is loaded without its video part, the only one that needs torchvision; DeepSeek-VL2 needs none. Raises
+    `OSError` when there is no such checkpoint, `ValueError` for one that is not supported, and `ImportError` when
+    another family's processor does not load without torchvision.
     """
-    if AutoConfig.from_pretrained(checkpoint).model_type == "internvl":
-        return InternVLProcessor.from_pretrained(checkpoint)
+    own = {"internvl": InternVLProcessor, "deepseek_vl_v2": DeepseekVLV2Processor}
+    model_type = AutoConfig.from_pretrained(checkpoint).model_type
+    if model_type in own:
+        return own[model_type].from_pretrained(checkpoint)
     try:
         return AutoProcessor.from_pretrained(checkpoint)
     except (ImportError, OSError, ValueError) as error:

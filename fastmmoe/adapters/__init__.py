@@ -3,9 +3,10 @@
 from torch import nn
 
 from fastmmoe.adapters.adapter import Adapter
+from fastmmoe.adapters.deepseek_vl2 import DEEPSEEK_VL2
 from fastmmoe.adapters.qwen3_moe import INTERNVL_QWEN3_MOE
 
-ADAPTERS = (INTERNVL_QWEN3_MOE,)
+ADAPTERS = (INTERNVL_QWEN3_MOE, DEEPSEEK_VL2)
 
 
 def find_text_model(model: nn.Module) -> tuple[Adapter, nn.Module, nn.Module]:

@@ -16,10 +16,9 @@ class Adapter:
 
     Attributes:
         parent_type, text_type: `config.model_type` of the multimodal model and of its text model.
-        vision_token_ids: the multimodal model's config -> ids of its placeholder tokens for vision features.
-        vision_inputs: forward arguments that carry vision features; without one, no token is a vision token.
-        scoring: how the gate turns logits into probabilities, "softmax" or "sigmoid".
-        routing_options: gate module -> `top_k` and the other options of `topk_routing` that describe it.
+        vision_mask: (the multimodal model, its forward's arguments by name) -> which tokens are vision tokens, bool
+            [B, n] on any device, or None if the forward carries no vision features: see `placeholder_mask`.
+        routing_options: gate module -> `top_k`, `scoring` and the other options of `topk_routing` that describe it.
         attention, norm, moe, gate, experts: attribute names; the norm's input is the residual stream at the MoE.
 
     A gate returns (logits, weights, ids).
@@ -27,9 +26,7 @@ class Adapter:
 
     parent_type: str
     text_type: str
-    vision_token_ids: Callable[[Any], tuple[int, ...]]
-    vision_inputs: tuple[str, ...]
-    scoring: str
+    vision_mask: Callable[[nn.Module, dict[str, Any]], torch.Tensor | None]
     routing_options: Callable[[nn.Module], dict[str, Any]]
     attention: str = "self_attn"
     norm: str = "post_attention_layernorm"
@@ -54,11 +51,53 @@ class Adapter:
     def gate_probs(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The gate's probabilities, float32 [..., E], for hidden [..., H]."""
         # forward, not __call__: neither our own hook nor output recorders should see this extra pass
-        logits = self.gate_of(layer).forward(hidden.reshape(-1, hidden.shape[-1]))[0].float()
-        probs = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
+        gate = self.gate_of(layer)
+        logits = gate.forward(hidden.reshape(-1, hidden.shape[-1]))[0].float()
+        probs = logits.softmax(-1) if self.routing_options(gate)["scoring"] == "softmax" else logits.sigmoid()
         return probs.view(*hidden.shape[:-1], -1)
 
     @staticmethod
     def rerouted(gate_output: tuple, routing: RoutingOutput) -> tuple:
         """The gate's output with another choice of experts."""
         return gate_output[0], routing.weights, routing.ids
+
+
+def placeholder_mask(
+    token_ids: Callable[[Any], tuple[int, ...]], features: tuple[str, ...]
+) -> Callable[[nn.Module, dict[str, Any]], torch.Tensor | None]:
+    """A `vision_mask` for models that put vision features in the place of placeholder tokens.
+
+    Args:
+        token_ids: the multimodal model's config -> ids of the placeholder tokens.
+        features: forward arguments that carry features. Without one a placeholder id is text: the model may
+            generate one.
+    """
+
+    def vision_mask(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+        if not any(_is_given(inputs.get(name)) for name in features):
+            return None
+        ids = token_ids(model.config)
+        if inputs.get("input_ids") is not None:
+            return _is_any(inputs["input_ids"], ids)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        table = model.get_input_embeddings()(torch.tensor(ids, device=embeds.device))
+        return (embeds.unsqueeze(2) == table).all(-1).any(-1)
+
+    return vision_mask
+
+
+def _is_given(features: Any) -> bool:
+    """Whether an argument carries vision features: a tensor, or a dict with at least one."""
+    if isinstance(features, dict):
+        return any(value is not None for value in features.values())
+    return features is not None
+
+
+def _is_any(input_ids: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
+    """bool like input_ids: the token is one of `ids`."""
+    mask = input_ids == ids[0]
+    for other in ids[1:]:
+        mask = mask | (input_ids == other)
+    return mask

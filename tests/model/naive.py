@@ -223,27 +223,33 @@ class Sample:
 
     def attention(self, layer: int, tokens: list[Token]) -> tuple[list[Token], list[float]]:
         """Tokens after attention and residual add; and the last one's attention to all in the cache, head mean."""
-        heads, kv_heads, dim = self.text.num_attention_heads, self.text.num_key_value_heads, self.text.head_dim
         cache, after, importance = self.caches[layer], [], []
         for token in tokens:
             x = self.norm(token.hidden, self.weight(layer, "input_layernorm.weight"))
-            query = (self.weight(layer, "self_attn.q_proj.weight") @ x).view(heads, dim)
-            key = (self.weight(layer, "self_attn.k_proj.weight") @ x).view(kv_heads, dim)
-            value = (self.weight(layer, "self_attn.v_proj.weight") @ x).view(kv_heads, dim)
-            query = self.rotate(self.norm(query, self.weight(layer, "self_attn.q_norm.weight")), token.position)
-            key = self.rotate(self.norm(key, self.weight(layer, "self_attn.k_norm.weight")), token.position)
+            query, key, value = self.query_key_value(layer, x, token.position)
             cache.append((key, value))
             keys, values = (torch.stack(part) for part in zip(*cache, strict=True))  # [cached, kv_heads, D]
+            heads, kv_heads = len(query), len(key)
             mixed, rows = [], []
             for head in range(heads):
                 group = head // (heads // kv_heads)
-                row = torch.softmax(keys[:, group] @ query[head] / math.sqrt(dim), dim=0)  # [cached]
+                row = torch.softmax(keys[:, group] @ query[head] / math.sqrt(query.shape[1]), dim=0)  # [cached]
                 mixed.append(row @ values[:, group])
                 rows.append(row)
             output = self.weight(layer, "self_attn.o_proj.weight") @ torch.cat(mixed)
             after.append(replace(token, hidden=token.hidden + output))
             importance = (sum(rows) / heads).tolist()
         return after, importance
+
+    def query_key_value(self, layer: int, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one token: query [heads, D], key and value [kv_heads, D], rotated."""
+        heads, kv_heads, dim = self.text.num_attention_heads, self.text.num_key_value_heads, self.text.head_dim
+        query = (self.weight(layer, "self_attn.q_proj.weight") @ x).view(heads, dim)
+        key = (self.weight(layer, "self_attn.k_proj.weight") @ x).view(kv_heads, dim)
+        value = (self.weight(layer, "self_attn.v_proj.weight") @ x).view(kv_heads, dim)
+        query = self.rotate(self.norm(query, self.weight(layer, "self_attn.q_norm.weight")), position)
+        key = self.rotate(self.norm(key, self.weight(layer, "self_attn.k_norm.weight")), position)
+        return query, key, value
 
     def gate(self, layer: int, x: Tensor) -> Tensor:
         return torch.softmax(self.weight(layer, "mlp.gate.weight") @ x, dim=0)  # [E]
@@ -380,9 +386,14 @@ def _decode(sample: Sample, steps: int, choose: Callable[[int, Tensor], int]) ->
 
 
 def greedy(
-    model, inputs: dict[str, Tensor], config, max_new_tokens: int, dtype: torch.dtype = torch.float64
+    model,
+    inputs: dict[str, Tensor],
+    config,
+    max_new_tokens: int,
+    dtype: torch.dtype = torch.float64,
+    samples: Callable[..., list[Sample]] = _samples,
 ) -> list[Generation]:
-    """Greedy continuation of each sample of a padded batch."""
+    """Greedy continuation of each sample of a padded batch; `samples` makes another family's."""
 
     def decode(sample: Sample) -> Generation:
         def choose(step: int, logits: Tensor) -> int:
@@ -392,7 +403,7 @@ def greedy(
 
         return _decode(sample, max_new_tokens, choose)
 
-    return [decode(sample) for sample in _samples(model, inputs, config, dtype)]
+    return [decode(sample) for sample in samples(model, inputs, config, dtype)]
 
 
 def log_probability(

@@ -8,10 +8,15 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fastmmoe.commands import app
 from fastmmoe.demo import DEMO_PROMPT, demo_model, demo_photograph, save_demo
+from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
+
+from .golden import golden
+from .tiny_deepseek import tiny_deepseek_vl2
 
 # one tile, no thumbnail: 256 vision tokens keep these tests short
 ONE_TILE = (448, 448)
@@ -142,6 +147,40 @@ def test_run_takes_images_and_settings(picture, checkpoint):
     assert figures["report"]["n_vision"] == [512]
     assert [stage["layer"] for stage in figures["report"]["stages"]] == [4, 9]
     assert figures["picture"] is None
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory):
+    """A DeepSeek-VL2 of 9 layers that reads tiles of 32 pixels and one token per byte."""
+    directory = tmp_path_factory.mktemp("deepseek")
+    tiny_deepseek_vl2("base", num_hidden_layers=9, vocab_size=272).save_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(golden("processor/stub_tokenizer.json")))
+    tiles = DeepseekVLV2ImageProcessor([[32, 32], [64, 32]], patch_size=6)
+    DeepseekVLV2Processor(tiles, tokenizer).save_pretrained(directory)
+    return directory
+
+
+def test_run_on_deepseek_vl2(deepseek, tmp_path):
+    wide = tmp_path / "wide.png"
+    demo_photograph().resize((64, 30)).save(wide)
+    options = ["--image", wide, "--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu"]
+    figures = json.loads(succeed("run", "--model", deepseek, *options, "--json"))
+    report = figures["report"]
+    assert report["n_vision"] == [3 * 4 + 1 + 3 * 7]  # a global view and two tiles of 3 x 3
+    # bos, user token, ": ", line break, the question, two line breaks, assistant token, ":"
+    assert report["n_text"] == [1 + 1 + 2 + 1 + 5 + 2 + 1 + 1]
+    assert [stage["layer"] for stage in report["stages"]] == [2, 5, 8]
+    config = figures["config"]
+    assert (config["alpha"], config["merge_ratio"], config["vision_top_k"]) == (0.3, 0.05, 2)
+    counted = json.loads(succeed("flops", deepseek, "--text", 14, "--vision", 34, "--json"))
+    assert counted["dense"] == report["flops"]["dense"]
+    result = invoke("run", "--model", deepseek, *options, "--output", tmp_path / "fate.png")
+    assert result.exit_code == 2 and "expected InternVL's" in result.stderr.splitlines()[-1]
+
+
+def test_flops_of_deepseek_vl2_by_name():
+    figures = json.loads(succeed("flops", "deepseek-ai/deepseek-vl2-small", "--vision-top-k", 3, "--json"))
+    assert len(figures["per_layer"]) == 27 and 0.2 < figures["saved"] < 0.4
 
 
 def test_full_retention_draws_nothing(tmp_path, picture, checkpoint):

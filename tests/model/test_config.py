@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import Glm4MoeConfig, InternVLConfig, Qwen3Config, Qwen3MoeConfig
 
 from fastmmoe.config import FastMMoEConfig
+from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
 
 
 def internvl(**text) -> InternVLConfig:
@@ -147,6 +148,13 @@ def test_preset_of_deepseek_vl2_by_name():
     assert FastMMoEConfig.preset("deepseek-ai/deepseek-vl2-small", retention=0.5) == FastMMoEConfig(
         vision_top_k=3, prune_layers=(2, 5, 8), retention=0.5, merge_ratio=0.05, alpha=0.3
     )
+
+
+def test_preset_of_deepseek_vl2_by_config():
+    text = dict(num_hidden_layers=9, n_routed_experts=8, num_experts_per_tok=4)
+    config = FastMMoEConfig.preset(DeepseekVLV2Config(language_config=text), retention=0.5)
+    want = FastMMoEConfig.preset("deepseek-vl2", retention=0.5)
+    assert config == dataclasses.replace(want, vision_top_k=2)
 
 
 @pytest.mark.parametrize("wrap", [lambda c: c, lambda c: c.text_config, lambda c: SimpleNamespace(config=c)])

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV3Model,
     Glm4MoeConfig,
     Glm4MoeModel,
     GptOssConfig,
@@ -22,6 +23,10 @@ from transformers import (
 
 from fastmmoe.config import FastMMoEConfig
 from fastmmoe.flops import ARCHITECTURES, Architecture, flops
+from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
+from fastmmoe.models.deepseek_vl2.text_model import DeepseekVLV2TextModel
+
+from .tiny_deepseek import tiny_deepseek_vl2
 
 INTERNVL = "internvl3.5-30b-a3b"
 HALF_EXPERTS = FastMMoEConfig(vision_top_k=4, reduction_layer=2)
@@ -59,9 +64,52 @@ def test_hand_figure_half_experts_and_half_tokens():
     assert report.saved == pytest.approx(0.567, abs=0.0005)
 
 
+def test_hand_figure_mla():
+    """DeepSeek-VL2 (base): queries and keys of 128 + 64, values of 128, a latent of 512 and the 64 of all heads."""
+    attention = 2560 * 32 * 192 + 2560 * (512 + 64) + 512 * 32 * (128 + 128) + 32 * 128 * 2560
+    dense, expert, gate = 3 * 2560 * 12288, 3 * 2560 * 1536, 2560 * 72
+    n = 100 + 1023
+    per_square = 32 * (192 + 128)
+    moe = attention + gate + (6 + 2) * expert
+    by_hand = 2 * n * (attention + dense + 29 * moe) + 30 * n * n * per_square
+    assert flops("deepseek-vl2", 100, 1023, FastMMoEConfig()).dense == by_hand
+    half = flops("deepseek-vl2", 100, 1023, FastMMoEConfig(vision_top_k=3, reduction_layer=2))
+    assert half.dense - half.reduced == 28 * 1023 * 3 * 2 * expert
+
+
+@pytest.mark.parametrize(
+    ("name", "language_config"),
+    [
+        # what the checkpoints' partial files hold; the rest are the official defaults
+        (
+            "deepseek-vl2-tiny",
+            dict(hidden_size=1280, intermediate_size=6848, moe_intermediate_size=896, num_hidden_layers=12)
+            | dict(num_attention_heads=10, num_key_value_heads=10, n_routed_experts=64, q_lora_rank=None, use_mla=False)
+            | dict(kv_lora_rank=None, qk_nope_head_dim=0, qk_rope_head_dim=0, v_head_dim=0),
+        ),
+        (
+            "deepseek-vl2-small",
+            dict(hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27)
+            | dict(num_attention_heads=16, q_lora_rank=None, n_routed_experts=64),
+        ),
+        (
+            "deepseek-vl2",
+            dict(hidden_size=2560, intermediate_size=12288, moe_intermediate_size=1536, q_lora_rank=None)
+            | dict(n_routed_experts=72, scoring_func="sigmoid", topk_method="noaux_tc", n_group=1, topk_group=1),
+        ),
+    ],
+)
+def test_named_deepseek_vl2_is_its_checkpoint(name, language_config):
+    common = dict(n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1)
+    config = DeepseekVLV2Config(language_config=common | language_config)
+    assert Architecture.from_config(config) == ARCHITECTURES[name]
+    plan = FastMMoEConfig.preset(config, retention=0.5)
+    assert flops(f"deepseek-ai/{name}", 10, 421, plan) == flops(config, 10, 421, plan)
+
+
 def tiny(cls, **more):
     # no two widths alike, so that none can be mistaken for another
-    return cls(
+    common = dict(
         vocab_size=50,
         hidden_size=32,
         num_hidden_layers=3,
@@ -75,8 +123,8 @@ def tiny(cls, **more):
         # _grouped_mm nor the CPU's flash attention, and would leave them out without a word
         attn_implementation="eager",
         experts_implementation="eager",
-        **more,
     )
+    return cls(**(common | more))
 
 
 def counted(module, *args, **kwargs) -> dict[str, int]:
@@ -89,8 +137,18 @@ def counted(module, *args, **kwargs) -> dict[str, int]:
 
 def acausal(config, n: int) -> int:
     """What PyTorch counts beyond the convention: it takes `4 n^2 heads head_dim` for scores and values (all n keys of
-    every query), the convention only the causal half, `2 n^2 heads head_dim`."""
-    return 2 * n * n * config.num_attention_heads * config.head_dim
+    every query), the convention only the causal half, `2 n^2 heads head_dim`. With MLA values have another width."""
+    query = value = config.head_dim
+    if getattr(config, "kv_lora_rank", None):
+        query, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    return n * n * config.num_attention_heads * (query + value)
+
+
+MLA = dict(
+    # this family calls the rotary part of a head head_dim
+    **dict(num_key_value_heads=4, kv_lora_rank=14, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=22, head_dim=6),
+    **dict(n_routed_experts=6, n_shared_experts=2, first_k_dense_replace=1, n_group=1, topk_group=1),
+)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +158,15 @@ def acausal(config, n: int) -> int:
         (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, mlp_only_layers=[1]), 0),
         (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, decoder_sparse_step=2), 0),
         (Glm4MoeModel, tiny(Glm4MoeConfig, n_routed_experts=6, first_k_dense_replace=1, n_shared_experts=2), 0),
+        (DeepseekV3Model, tiny(DeepseekV3Config, **MLA, q_lora_rank=None), 0),
+        (DeepseekV3Model, tiny(DeepseekV3Config, **MLA, q_lora_rank=18), 0),
         # its shared expert has a gate of its own, H -> 1, which the convention leaves out
         (Qwen2MoeModel, tiny(Qwen2MoeConfig, num_experts=6, shared_expert_intermediate_size=28), 2 * 32),
     ],
-    ids=["qwen3_moe", "mlp_only_layers", "decoder_sparse_step", "glm4_moe shared, first dense", "qwen2_moe shared"],
+    ids=[
+        *("qwen3_moe", "mlp_only_layers", "decoder_sparse_step", "glm4_moe shared, first dense"),
+        *("deepseek_v3", "deepseek_v3 with a latent of queries", "qwen2_moe shared"),
+    ],
 )
 @pytest.mark.parametrize("n", [1, 17])
 def test_dense_agrees_with_pytorchs_counter(model, config, extra_per_moe_token, n):
@@ -112,6 +175,15 @@ def test_dense_agrees_with_pytorchs_counter(model, config, extra_per_moe_token, 
     for layer in report.per_layer:
         expected = by_layer[f"layers.{layer.layer}"] - acausal(config, n) - n * extra_per_moe_token
         assert layer.dense == layer.reduced == expected
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
+def test_dense_deepseek_vl2_agrees_with_pytorchs_counter(variant):
+    config = tiny_deepseek_vl2(variant, attn_implementation="eager").config.language_config
+    config._experts_implementation = "eager"
+    by_layer = counted(DeepseekVLV2TextModel(config).eval(), torch.arange(17)[None])
+    for layer in flops(config, 17, 0, FastMMoEConfig()).per_layer:
+        assert layer.dense == by_layer[f"layers.{layer.layer}"] - acausal(config, 17)
 
 
 def test_reduced_agrees_with_pytorchs_counter():
@@ -192,7 +264,6 @@ def test_defaults_of_a_config_without_the_optional_attributes():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (DeepseekV2Config(num_experts_per_tok=6), r"latent attention \(MLA\)"),
         (GptOssConfig(), "sliding_attention"),
         (Qwen3Config(), "no experts"),
         ("internvl3.5-8b", "unknown name 'internvl3.5-8b', expected one of internvl3.5-30b-a3b"),

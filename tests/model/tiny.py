@@ -53,7 +53,9 @@ def tiny_internvl(
         attn_implementation=attn_implementation,
     )
     model = InternVLForConditionalGeneration(config).float().eval()
-    _spread(model, seed)
+    spread(model, seed)
+    with torch.no_grad():  # as in trained models, an image token is not something to say
+        model.lm_head.weight[IMAGE_TOKEN] = 0.0
     # no end-of-sequence token: every greedy run has the length it was asked for
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD_TOKEN
@@ -61,7 +63,7 @@ def tiny_internvl(
 
 
 @torch.no_grad()
-def _spread(model: torch.nn.Module, seed: int) -> None:
+def spread(model: torch.nn.Module, seed: int) -> None:
     """Redraw every weight at unit scale.
 
     The default 0.02 leaves routing, attention and logits nearly uniform: every choice would be a near-tie and
@@ -82,8 +84,6 @@ def _spread(model: torch.nn.Module, seed: int) -> None:
             gain = 3.0 if "lm_head" in name else 2.0 if "gate.weight" in name else 1.2 if "experts" in name else 1.0
             fan_in = weight.shape[-1] if weight.ndim == 3 else weight[0].numel()  # experts are [E, out, in]
             weight.copy_(gain * fan_in**-0.5 * noise)
-    # as in trained models, an image token is not something to say
-    model.lm_head.weight[model.config.image_token_id] = 0.0
 
 
 def tiny_batch(

@@ -1,0 +1,344 @@
+"""DeepSeek-VL2 for transformers: vision tower, projector, the image tokens' places in the text, language model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel, SiglipVisionModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+from fastmmoe.models.deepseek_vl2.configuration import DeepseekVLV2Config, DeepseekVLV2VisionConfig
+from fastmmoe.models.deepseek_vl2.image_tokens import image_token_index, tokens_per_side
+from fastmmoe.models.deepseek_vl2.text_model import DeepseekVLV2TextModel, TakesExpertsImplementation
+
+
+@dataclass
+class DeepseekVLV2ModelOutput(ModelOutput):
+    """What `DeepseekVLV2Model` returns; `last_hidden_state` is [B, n, H], behind the final norm."""
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class DeepseekVLV2CausalLMOutput(ModelOutput):
+    """What `DeepseekVLV2ForCausalLM` returns; `logits` are float32 [B, n or logits_to_keep, vocabulary]."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class DeepseekVLV2VisionModel(TakesExpertsImplementation, SiglipVisionModel):
+    """SigLIP's tower. Its pooling head is kept, because checkpoints hold one, but never run."""
+
+    config: DeepseekVLV2VisionConfig
+
+    def __init__(self, config: DeepseekVLV2VisionConfig):
+        super().__init__(config)
+        self.use_head = False
+
+
+class DeepseekVLV2Projector(nn.Module):
+    """r x r neighbouring patches to one feature of the language model's width."""
+
+    def __init__(self, config: DeepseekVLV2Config):
+        super().__init__()
+        projector = config.projector_config
+        self.ratio = projector.downsample_ratio
+        self.linear_1 = nn.Linear(projector.input_dim * self.ratio**2, projector.n_embed * projector.mlp_ratio)
+        self.linear_2 = nn.Linear(projector.n_embed * projector.mlp_ratio, projector.n_embed)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[tiles, g * g, C] -> [tiles, s * s, n_embed], s = ceil(g / r)."""
+        grid = int(features.shape[1] ** 0.5)
+        padding = -grid % self.ratio
+        features = features.transpose(1, 2).unflatten(-1, (grid, grid))  # [tiles, C, g, g]
+        features = F.pad(features, (0, padding, 0, padding))  # zeros at the right and the bottom
+        # unfold puts a channel's r x r values side by side, the order the weights expect
+        windows = F.unfold(features, kernel_size=self.ratio, stride=self.ratio).transpose(1, 2)
+        return self.linear_2(F.gelu(self.linear_1(windows)))
+
+
+class DeepseekVLV2PreTrainedModel(TakesExpertsImplementation, PreTrainedModel):
+    config: DeepseekVLV2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekVLV2DecoderLayer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # which image goes where is read on the host
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeepseekVLV2Model):
+            for vector in (module.image_newline, module.view_separator):
+                init.normal_(vector, std=vector.shape[0] ** -0.5)
+
+
+class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
+    """DeepSeek-VL2 without the language model's head."""
+
+    def __init__(self, config: DeepseekVLV2Config):
+        super().__init__(config)
+        self.vision_tower = DeepseekVLV2VisionModel(config.vision_config)
+        self.multi_modal_projector = DeepseekVLV2Projector(config)
+        self.image_newline = nn.Parameter(torch.empty(config.projector_config.n_embed))
+        self.view_separator = nn.Parameter(torch.empty(config.projector_config.n_embed))
+        self.language_model = DeepseekVLV2TextModel(config.language_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[torch.Tensor]:
+        """The token sequence of every sample's images, one [tokens, H] each (0 tokens for a text-only sample).
+
+        Args:
+            images: [B, tiles, 3, S, S]; per image its global view and its local tiles row by row, then zeros.
+            images_spatial_crop: [B, images, 2], local tiles (wide, high) per image, then zeros.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the model.
+        """
+        crops = self._crops(images, images_spatial_crop)
+        counts = [sum(1 + wide * high for wide, high in sample) for sample in crops]
+        if not any(counts):
+            return [self.image_newline.new_empty(0, self.image_newline.shape[0])] * len(crops)
+        vision = self.config.vision_config
+        side = tokens_per_side(vision.image_size, vision.patch_size, self.multi_modal_projector.ratio)
+        tiles = torch.cat([sample[:count] for sample, count in zip(images, counts, strict=True)])
+        features = self.multi_modal_projector(self.vision_tower(pixel_values=tiles).last_hidden_state)
+        table = torch.cat((features.flatten(0, 1), self.image_newline[None], self.view_separator[None]))
+
+        sequences, first = [], 0
+        for sample in crops:
+            index = [torch.empty(0, dtype=torch.long)]
+            for wide, high in sample:
+                index.append(
+                    image_token_index(wide, high, side, first, sum(counts), self.config.global_view_pos == "head")
+                )
+                first += 1 + wide * high
+            sequences.append(table[torch.cat(index).to(table.device)])
+        return sequences
+
+    def _crops(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[list[tuple[int, int]]]:
+        """Per sample, the local tiles (wide, high) of its images: those in front of the first row with a zero."""
+        size = self.config.vision_config.image_size
+        if images.dim() != 5 or images.shape[2:] != (3, size, size):
+            raise ValueError(f"images: expected [B, tiles, 3, {size}, {size}], got {list(images.shape)}")
+        if images_spatial_crop.dim() != 3 or images_spatial_crop.shape[2] != 2:
+            raise ValueError(f"images_spatial_crop: expected [B, images, 2], got {list(images_spatial_crop.shape)}")
+        if images.shape[0] != images_spatial_crop.shape[0]:
+            raise ValueError(
+                f"images_spatial_crop: expected {images.shape[0]} samples like images, got "
+                f"{images_spatial_crop.shape[0]}"
+            )
+        crops: list[list[tuple[int, int]]] = []
+        for number, rows in enumerate(images_spatial_crop.tolist()):
+            end = next((i for i, (wide, high) in enumerate(rows) if wide == 0 or high == 0), len(rows))
+            crops.append([(wide, high) for wide, high in rows[:end]])
+            needed = sum(1 + wide * high for wide, high in crops[-1])
+            if needed > images.shape[1]:
+                raise ValueError(
+                    f"images: sample {number}'s images_spatial_crop needs {needed} tiles, got {images.shape[1]}"
+                )
+        return crops
+
+    def _merge_images(
+        self,
+        embeds: torch.Tensor,
+        images: torch.Tensor,
+        images_seq_mask: torch.Tensor | None,
+        images_spatial_crop: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Write the images' tokens over embeds [B, n, H] where the mask [B, n] is true."""
+        if images_spatial_crop is None:
+            raise ValueError("images_spatial_crop: expected [B, images, 2] along with images, got None")
+        sequences = self.get_image_features(images, images_spatial_crop)
+        if not any(map(len, sequences)):
+            return embeds  # text only
+        if images_seq_mask is None:
+            raise ValueError("images_seq_mask: expected [B, n] along with images, got None")
+        if images_seq_mask.shape != embeds.shape[:2]:
+            raise ValueError(f"images_seq_mask: expected {list(embeds.shape[:2])}, got {list(images_seq_mask.shape)}")
+        mask = images_seq_mask.to(embeds.device, torch.bool)
+        places = mask.sum(1).tolist()
+        for sample, (place, sequence) in enumerate(zip(places, sequences, strict=True)):
+            if place != len(sequence):
+                raise ValueError(
+                    f"images_seq_mask: sample {sample}'s images make {len(sequence)} tokens, the mask has {place}"
+                )
+        features = torch.cat(sequences).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(mask.unsqueeze(-1), features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_spatial_crop: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> DeepseekVLV2ModelOutput:
+        """One pass over the tokens.
+
+        Args:
+            input_ids: [B, n]; or inputs_embeds, [B, n, H].
+            attention_mask: [B, past + n], true at valid tokens; None: all are.
+            images: [B, tiles, 3, S, S], values in [-1, 1]; None without images.
+            images_seq_mask: [B, n], true (any dtype) where an image's tokens go, in order; token ids do not matter.
+            images_spatial_crop: [B, images, 2], local tiles (wide, high); all zeros: text only.
+            position_ids: [B or 1, n], may have gaps; None: 0, 1, 2, ... in every row, padding included.
+
+        Raises:
+            ValueError: neither or both of input_ids and inputs_embeds, or images that do not fit the mask.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if images is not None:
+            inputs_embeds = self._merge_images(inputs_embeds, images, images_seq_mask, images_spatial_crop)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return DeepseekVLV2ModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+        )
+
+
+class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
+    """DeepSeek-VL2: images and text in, text out.
+
+    `generate` takes the same inputs as `forward`. Official checkpoints come without a generation_config.json: give it
+    `eos_token_id`.
+    """
+
+    def __init__(self, config: DeepseekVLV2Config):
+        super().__init__(config)
+        self.model = DeepseekVLV2Model(config)
+        text = config.language_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[torch.Tensor]:
+        """As `DeepseekVLV2Model.get_image_features`."""
+        return self.model.get_image_features(images, images_spatial_crop)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_spatial_crop: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> DeepseekVLV2CausalLMOutput:
+        """Logits of the next tokens; arguments and errors as `DeepseekVLV2Model.forward`.
+
+        Args:
+            labels: int64 [B, n], -100 where no loss is wanted.
+            logits_to_keep: how many of the last positions get logits, or which positions; 0: all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            images=images,
+            images_seq_mask=images_seq_mask,
+            images_spatial_crop=images_spatial_crop,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.language_config.vocab_size, **kwargs)
+        return DeepseekVLV2CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_spatial_crop: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Images go with the prompt: into the first pass, and into every pass without a cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        if images is not None and (is_first_iteration or not use_cache):
+            if images_seq_mask is not None:
+                # without a cache the generated tokens, which are text, are passed again
+                images_seq_mask = F.pad(images_seq_mask, (0, input_ids.shape[1] - images_seq_mask.shape[1]))
+            inputs |= {
+                "images": images,
+                "images_seq_mask": images_seq_mask,
+                "images_spatial_crop": images_spatial_crop,
+            }
+        return inputs
