@@ -6,6 +6,7 @@ Nothing is compiled and nothing runs; tensors stay uninitialised.
 
 import json
 import os
+import random
 import sys
 
 import torch
@@ -62,9 +63,7 @@ def ones(*shape):
 
 def route(num_tokens, experts=128, top_k=8, dtype=torch.bfloat16, **options):
     logits = torch.empty(num_tokens, experts, dtype=dtype)
-    return launched(
-        fk.topk_routing, logits, top_k, vision_mask=ones(num_tokens), vision_top_k=top_k // 2, **options
-    )
+    return launched(fk.topk_routing, logits, top_k, vision_mask=ones(num_tokens), vision_top_k=top_k // 2, **options)
 
 
 def attend(num_keys, heads=32, kv_heads=4, head_dim=128, batch=1, dtype=torch.bfloat16, tokens_first=False):
@@ -100,8 +99,12 @@ def main():
     # from here on the ops accept tensors on the CPU; the kernels are imported, so that nothing is interpreted
     os.environ["TRITON_INTERPRET"] = "1"
     lengths = (1, 2, 16, 33, 100, 512, 1000)
+    # one length per row tile warms everything up: 16, 32, 64 and 128 rows
+    batches = random.Random(0)
     report = {
         "variants": variants,
+        "warm-up": [launch for n in (1, 300, 1000, 16384) for launch in run_experts(n)],
+        "batches": [run_experts(batches.randint(1, 16384)) for _ in range(50)],
         "lengths": {
             "routing": [route(n) for n in lengths],
             "routing, 72 experts": [route(n, 72, 6) for n in lengths],

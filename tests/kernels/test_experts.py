@@ -444,3 +444,17 @@ def test_no_compilation_for_other_counts():
     for num_tokens in (1999, 2048, 1777):
         moe_experts(*real_case(num_tokens, torch.bfloat16).arguments(), backend="triton")
     assert cache_sizes() == before
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32_counts():
+    """140,000 tokens x 8 experts x 2,048 features: the last expert's rows lie beyond an int32 offset."""
+    num_tokens = 140_000
+    ids = torch.randn(num_tokens, 128, generator=torch.Generator().manual_seed(0)).topk(8).indices.int()
+    case = make_case(num_tokens, 128, 8, 2048, 768, dtype=torch.bfloat16, ids=ids, seed=0)
+    hidden, gate_up, down, ids, weights = case.arguments()
+    got = moe_experts(hidden, gate_up, down, ids, weights, backend="triton")
+    last = (ids == 127).any(1).nonzero()[-64:, 0]
+    want = expected_on_device(hidden[last], gate_up, down, ids[last], weights[last])
+    assert_near(got[last], want, torch.bfloat16)
+    assert got.isfinite().all()

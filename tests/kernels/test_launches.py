@@ -31,6 +31,14 @@ def test_a_new_length_compiles_nothing(report, scenario):
         assert other == first
 
 
+def test_fifty_batches_compile_nothing(report):
+    """Experts: 1 to 16,384 tokens, all row tiles. How many slots are active is data, and cannot matter."""
+    warm = set(report["warm-up"])
+    assert len(report["batches"]) == 50 and len({tuple(batch) for batch in report["batches"]}) == 4
+    for batch in report["batches"]:
+        assert set(batch) <= warm
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_launches_of_models_are_compiled_ahead_of_time(report, model):
     assert report["models"][model]
