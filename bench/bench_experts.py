@@ -9,7 +9,6 @@ turn, round after round; the medians count. TFLOP/s are useful operations: rows 
 """
 
 import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,7 @@ import torch
 import typer
 from contestants import OURS, PEERS, Contestant, load_peers, our_experts
 from plot_experts import draw
-from provenance import provenance
+from provenance import provenance, write_json
 from report_experts import print_report
 from roofline import ESTIMATE, Ceilings, ExpertsShape, Stage, expert_stages, padding_factor, roofline_seconds
 from timing import Call, interleave, prepare
@@ -289,12 +288,6 @@ def find_wrong(records: list[dict]) -> list[str]:
         for name, entry in r.get("contestants", {}).items()
         if not entry["ok"]
     ]
-
-
-def write_json(result: dict, path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 @torch.inference_mode()

@@ -14,12 +14,14 @@ OUT=${OUT:-bench/results/local}
 PYTHON=${PYTHON:-python3}
 DRY_RUN=${DRY_RUN:-}
 LIMIT=${LIMIT:-530}  # seconds for all steps
+reserved=15          # of which for the pictures
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 passed=()
 failed=()
 
-# step NAME RESULT SECONDS COMMAND...: RESULT is a file in OUT, which COMMAND writes as $PARTIAL
+# step NAME RESULT SECONDS COMMAND...: RESULT is a file in OUT, which COMMAND writes as $PARTIAL. After $BUDGET seconds
+# COMMAND should come to its end: what it began then still has time
 step() {
     local name=$1 result=$2 seconds=$3
     shift 3
@@ -27,16 +29,17 @@ step() {
         echo "== $name: skipped, $OUT/$result is there"
         return
     fi
-    local left=$((LIMIT - SECONDS))
+    local left=$((LIMIT - SECONDS - reserved))
     [ "$seconds" -lt "$left" ] || seconds=$left
     echo "== $name (after $SECONDS s, at most $seconds s)"
     if [ "$seconds" -le 0 ]; then
         failed+=("$name: no time left")
         return
     fi
+    local command=("${@//\$BUDGET/$((seconds > 35 ? seconds - 30 : 5))}")
     PARTIAL="$OUT/partial-$result"
     rm -f "$PARTIAL"
-    timeout --kill-after=10 "$seconds" "${@//\$PARTIAL/$PARTIAL}" 2>&1 | tee -a "$OUT/log.txt"
+    timeout --kill-after=10 "$seconds" "${command[@]//\$PARTIAL/$PARTIAL}" 2>&1 | tee -a "$OUT/log.txt"
     local status=${PIPESTATUS[0]}
     if [ "$status" -eq 0 ]; then
         # pytest leaves no file of its own
@@ -54,16 +57,20 @@ if [ -n "$DRY_RUN" ]; then
     device=cpu
     tests=(tests/kernels/test_experts.py)
     tuning=(--shape tiny --rows 16 --passes 1 --candidates 1 --rounds 1 --workers 1)
+    prefill=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 4 --batch 1)
+    break_even=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 1 --tiles 2 --batch 1 --mixed 2)
+    overhead=(--size tiny --rounds 1 --steps 1)
     experts=(--backend triton --shape 32:32:4 --tokens 16 --top-k 2 --top-k 1 --routing skewed --rounds 1 --threads 1)
-    prefill=(--size tiny --tiles 1 --text 8 --rounds 1 --steps 1)
 else
     # without one the tests would be skipped, and that would look like a success
     "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "torch sees no GPU"; exit 2; }
     device=cuda
     tests=()
-    tuning=(--write)
-    experts=()
-    prefill=(--size 30b --tiles 7 --text 100)
+    tuning=(--write --budget 40 --rounds 10)
+    prefill=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 7 --tiles 25 --tiles 13 --batch 1 --batch 8)
+    break_even=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 1 --tiles 2 --tiles 4 --batch 1 --batch 8 --mixed 8)
+    overhead=(--size 30b --rounds 10 --steps 3)
+    experts=(--rounds 10)
 fi
 mkdir -p "$OUT"
 # tests spend most of their time compiling: several processes share it, where pytest-xdist is installed
@@ -72,12 +79,27 @@ if [ -z "$DRY_RUN" ] && "$PYTHON" -c "import xdist" 2>/dev/null; then
     export OMP_NUM_THREADS=2
 fi
 
-step parity parity.txt 170 "$PYTHON" -m pytest -q -m gpu "${tests[@]}"
-step tuning tiles.json 180 "$PYTHON" bench/tune_experts.py --device "$device" "${tuning[@]}" --json '$PARTIAL'
-step experts experts.json 170 "$PYTHON" bench/bench_experts.py --device "$device" "${experts[@]}" --json '$PARTIAL'
-step prefill prefill.json 120 "$PYTHON" bench/bench_prefill.py --device "$device" "${prefill[@]}" --json '$PARTIAL'
+# an early step that takes longer than usual is at the expense of the last
+step parity parity.txt 110 "$PYTHON" -m pytest -q -m gpu "${tests[@]}"
+step tuning tiles.json 90 "$PYTHON" bench/tune_experts.py --device "$device" "${tuning[@]}" --json '$PARTIAL'
+step prefill prefill.json 160 \
+    "$PYTHON" bench/bench_prefill.py --device "$device" "${prefill[@]}" --budget '$BUDGET' --json '$PARTIAL'
+step break-even break_even.json 110 \
+    "$PYTHON" bench/bench_prefill.py --device "$device" "${break_even[@]}" --budget '$BUDGET' --json '$PARTIAL'
+step overhead overhead.json 60 "$PYTHON" bench/bench_overhead.py --device "$device" "${overhead[@]}" --json '$PARTIAL'
+step experts experts.json 120 "$PYTHON" bench/bench_experts.py --device "$device" "${experts[@]}" --json '$PARTIAL'
+
+reserved=0
 if [ -s "$OUT/experts.json" ]; then
-    step plots experts.png 30 "$PYTHON" bench/plot_experts.py "$OUT/experts.json" '$PARTIAL'
+    step "experts' picture" experts.png 10 "$PYTHON" bench/plot_experts.py "$OUT/experts.json" '$PARTIAL'
+fi
+figures=()
+for name in prefill break_even; do
+    [ -s "$OUT/$name.json" ] && figures+=("$OUT/$name.json")
+done
+# once both are there: a picture that is there is not drawn again
+if [ ${#figures[@]} -eq 2 ]; then
+    step "prefill's picture" prefill.png 10 "$PYTHON" bench/plot_prefill.py "${figures[@]}" '$PARTIAL'
 fi
 
 echo "== done after $SECONDS s, in $OUT: ${passed[*]:-nothing new}"

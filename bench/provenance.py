@@ -1,5 +1,6 @@
-"""Where and with what a figure was measured; stands at the head of every JSON file."""
+"""Where and with what a figure was measured; stands at the head of every JSON file, which is written here too."""
 
+import json
 import platform
 import shlex
 import sys
@@ -30,6 +31,13 @@ def provenance(device: torch.device) -> dict:
         # another machine's folders say nothing
         "command": shlex.join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv),
     }
+
+
+def write_json(result: dict, path: Path | None) -> None:
+    """Nothing where no file is wanted."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def device_name(device: torch.device) -> str:

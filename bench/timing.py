@@ -7,13 +7,14 @@ and not the Python interpreter's.
 
 import random
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 # what Triton's own benchmark writes between runs; several times any L2
 FLUSH_BYTES = 256 * 2**20
@@ -72,6 +73,25 @@ def interleave(calls: dict[Key, Call], rounds: int, device: torch.device, seed: 
             if number:
                 seconds[name].append(value)
     return seconds
+
+
+def take_turns(
+    calls: Mapping[Key, Callable[[], Result]], rounds: int, deadline: float = float("inf"), seed: int = 0
+) -> dict[Key, list[Result]]:
+    """Results of calls that measure themselves, in every round; once the deadline has passed no other round begins.
+
+    There is at least one. `deadline` is a time of `time.monotonic`.
+    """
+    order = list(calls)
+    rng = random.Random(seed)
+    results: dict[Key, list[Result]] = {name: [] for name in calls}
+    for number in range(rounds):
+        if number and time.monotonic() > deadline:
+            break
+        rng.shuffle(order)
+        for name in order:
+            results[name].append(calls[name]())
+    return results
 
 
 def _round_on_cpu(calls: dict[Key, Call], order: list[Key]) -> dict[Key, float]:

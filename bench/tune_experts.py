@@ -10,7 +10,6 @@ the same result as the table's tiles, must not spill registers, and must be fast
 """
 
 import itertools
-import json
 import os
 import statistics
 import time
@@ -25,7 +24,7 @@ from unittest import mock
 import torch
 import typer
 from launches import record_launches
-from provenance import device_name, provenance
+from provenance import device_name, provenance, write_json
 from rich.console import Console
 from rich.table import Table
 from roofline import ExpertsShape, padding_factor
@@ -322,9 +321,7 @@ def main(
         "timings": tuner.records,
         "failed": [asdict(job) | {"why": why} for job, why in tuner.failed.items()],
     }  # fmt: skip
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, json_path)
     print_report(result, old, new)
     print("\n".join(result["row"]))
     if write:

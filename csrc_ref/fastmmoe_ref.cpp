@@ -114,18 +114,34 @@ double sum_over(const std::vector<int64_t>& experts, const std::vector<double>& 
 
 extern "C" {
 
-// logits [T, E]; vision_mask [T]; correction_bias [E] or null; vision_top_k experts for a vision token, else top_k.
+// hidden [T, H], weight [E, H] -> logits [T, E], the gate's raw scores of every expert.
+void fastmmoe_ref_gate_logits(const double* hidden, const double* weight, int64_t T, int64_t H, int64_t E,
+                              double* logits) {
+    for (int64_t t = 0; t < T; ++t)
+        for (int64_t e = 0; e < E; ++e) logits[t * E + e] = dot(hidden + t * H, weight + e * H, H);
+}
+
+// logits [T, E]; vision_mask, padding_mask [T]; correction_bias [E] or null.
+// A padding token activates no expert, a vision token vision_top_k, any other top_k.
 // -> ids [T, top_k] by falling selection score, weights [T, top_k], probs [T, E]; unused slots: id E, weight 0.
 // -> per token, how far its choice is from another one: score_gap (chosen against rejected experts), group_gap (chosen
 //    against rejected groups), order_gap (neighbours among the chosen); infinite where there is nothing to confuse.
-void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask, const double* correction_bias,
-                               int64_t T, int64_t E, int64_t top_k, int64_t vision_top_k, int32_t scoring,
-                               int32_t norm_topk_prob, int64_t n_group, int64_t topk_group,
-                               double routed_scaling_factor, int32_t renormalize, int32_t* ids, double* weights,
-                               double* probs, double* score_gap, double* group_gap, double* order_gap) {
+void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask, const uint8_t* padding_mask,
+                               const double* correction_bias, int64_t T, int64_t E, int64_t top_k,
+                               int64_t vision_top_k, int32_t scoring, int32_t norm_topk_prob, int64_t n_group,
+                               int64_t topk_group, double routed_scaling_factor, int32_t renormalize, int32_t* ids,
+                               double* weights, double* probs, double* score_gap, double* group_gap,
+                               double* order_gap) {
     const bool has_bias = correction_bias != nullptr;
     for (int64_t t = 0; t < T; ++t) {
         const std::vector<double> p = gate_probabilities(logits + t * E, E, scoring);
+        for (int64_t e = 0; e < E; ++e) probs[t * E + e] = p[e];
+        for (int64_t k = 0; k < top_k; ++k) {
+            ids[t * top_k + k] = static_cast<int32_t>(E);
+            weights[t * top_k + k] = 0.0;
+        }
+        score_gap[t] = group_gap[t] = order_gap[t] = INF;
+        if (padding_mask[t]) continue;
 
         // selection score: the bias decides who is chosen, never with which weight.
         std::vector<double> s = p;
@@ -133,7 +149,6 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
             for (int64_t e = 0; e < E; ++e) s[e] += correction_bias[e];
 
         std::vector<int64_t> eligible = first_integers(E);
-        group_gap[t] = INF;
         if (n_group > 1) {
             const Choice groups = choose_groups(s, n_group, topk_group, has_bias);
             group_gap[t] = groups.margin;
@@ -155,21 +170,15 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
         if (norm_topk_prob) wanted = 1.0;
         if (rescale) wanted = sum_over(original.taken, p);
 
-        for (int64_t k = 0; k < top_k; ++k) {
-            ids[t * top_k + k] = static_cast<int32_t>(E);
-            weights[t * top_k + k] = 0.0;
-        }
         for (int64_t k = 0; k < active; ++k) {
             const int64_t e = selected.taken[k];
             ids[t * top_k + k] = static_cast<int32_t>(e);
             // probabilities that are all zero stay zero.
             if (sum > 0.0) weights[t * top_k + k] = p[e] * (wanted / sum) * routed_scaling_factor;
         }
-        for (int64_t e = 0; e < E; ++e) probs[t * E + e] = p[e];
 
         // a rescaled token also depends on who is in its original top-K.
         score_gap[t] = rescale ? std::min(selected.margin, original.margin) : selected.margin;
-        order_gap[t] = INF;
         for (int64_t k = 1; k < active; ++k)
             order_gap[t] = std::min(order_gap[t], s[selected.taken[k - 1]] - s[selected.taken[k]]);
     }

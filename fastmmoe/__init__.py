@@ -2,7 +2,7 @@
 
 # not lazy: the functions share their names with their modules, and a later import of the module would hide them
 from fastmmoe.config import FastMMoEConfig
-from fastmmoe.enable import disable, enable, enabled
+from fastmmoe.enable import disable, enable, enabled, fixed_layout
 from fastmmoe.flops import FlopsReport, flops
 from fastmmoe.report import PrefillReport, StageReport, report
 
@@ -16,6 +16,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "fixed_layout",
     "flops",
     "report",
 ]

@@ -3,57 +3,87 @@
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
+
+from fastmmoe.pruning import FastMMoEPruning, Pruning
+from fastmmoe_kernels.layout import prune_plan
 
 STRATEGIES = ("hybrid", "routing_similarity", "dynamic_attention")
 MERGE_METHODS = ("mlerp", "mean")
+KEEP_BY = ("importance", "redundancy")
 BACKENDS = ("auto", "triton", "torch")
 
 
-@dataclass(frozen=True)
-class FastMMoEConfig:
-    """What to reduce, where, and by how much. The default reduces nothing.
+class ReductionConfig:
+    """Base of every config that `fastmmoe.enable` and `fastmmoe.flops` take: checks, the fit to a model, JSON.
 
-    Every value is checked on construction; numbers are stored as plain ints and floats, lists as tuples.
+    A subclass is a frozen dataclass. It has the fields `vision_top_k`, `reduction_layer`, `backend` and
+    `min_vision_tokens` (see `FastMMoEConfig`), and `prune_layers` as a field or a property. A field is checked by
+    `metadata["check"]`, or else by the entry of its name in `CHECKS`.
 
-    Args:
-        vision_top_k: experts per vision token, K_v (method section 1); None leaves the model's own K.
-        reduction_layer: first layer that uses `vision_top_k`, l_v; layers count from 0.
-        prune_layers: layers that prune vision tokens (method section 2), rising; empty prunes nothing.
-        retention: overall share of the vision tokens left after the last stage, in (0, 1]; every one of m stages
-            keeps `retention ** (1 / m)`. Stays at 1.0 when `keep_ratios` is given.
-        keep_ratios: the share each stage keeps of the vision tokens that enter it, in (0, 1], one per prune layer.
-        merge_ratio: share of a stage's survivors that are merged windows, in [0, 1].
-        window: tokens per window, W, at least 1.
-        alpha: weight of routing similarity against attention in the redundancy of "hybrid", in [0, 1].
-        strategy: "hybrid", "routing_similarity" or "dynamic_attention".
-        merge_method: "mlerp" or "mean".
-        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
-
-    Raises:
-        TypeError: a value of another type (bools are no numbers here).
-        ValueError: a value out of range, or a combination that contradicts itself or would silently do nothing.
+    Attributes:
+        prunes_behind_layer: a prune layer's output is shortened; else the input of its MoE.
     """
 
-    vision_top_k: int | None = None
-    reduction_layer: int = 2
-    prune_layers: tuple[int, ...] = ()
-    retention: float = 1.0
-    keep_ratios: tuple[float, ...] | None = None
-    merge_ratio: float = 0.025
-    window: int = 3
-    alpha: float = 0.5
-    strategy: str = "hybrid"
-    merge_method: str = "mlerp"
-    backend: str = "auto"
+    prunes_behind_layer: ClassVar[bool] = False
 
     def __post_init__(self):
-        for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            check = field.metadata.get("check") or CHECKS[field.name]
+            object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
+
+    def vision_left(self, stage: int, n_vision: int) -> int:
+        """Vision tokens of one sample that leave a stage (counted from 0) which `n_vision` enter."""
+        raise NotImplementedError
+
+    def pruning(self) -> Pruning:
+        """The config's way of pruning, for the hooks."""
+        raise NotImplementedError
+
+    def check_model(self, num_hidden_layers: int, num_experts_per_tok: int) -> None:
+        """Check that a text model with so many layers and experts per token can be run with this config.
+
+        Raises:
+            ValueError: a prune layer or `reduction_layer` beyond the last layer, or `vision_top_k` above K.
+        """
+        layers = f"the model has {num_hidden_layers} layers, expected layers from 0 to {num_hidden_layers - 1}"
+        if self.prune_layers and self.prune_layers[-1] >= num_hidden_layers:
+            raise ValueError(f"prune_layers={self.prune_layers}: {layers}; give prune_layers that fit this model")
+        if self.vision_top_k is None:
+            return
+        if self.vision_top_k > num_experts_per_tok:
+            raise ValueError(f"vision_top_k={self.vision_top_k}: expected at most the model's {num_experts_per_tok}")
+        if self.vision_top_k < num_experts_per_tok and self.reduction_layer >= num_hidden_layers:
+            raise ValueError(
+                f"reduction_layer={self.reduction_layer}: {layers}; vision_top_k={self.vision_top_k} would silently do "
+                "nothing"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict; `from_dict` reads it back, through JSON too."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ReductionConfig":
+        """Build a config from `to_dict`'s dict; missing fields take their defaults, unknown ones are refused."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"values: unknown fields {unknown}, expected some of {known}")
+        return cls(**values)
+
+
+class StagedConfig(ReductionConfig):
+    """Base of configs that keep a share at each of some layers: fields `prune_layers`, `retention`, `keep_ratios`."""
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.keep_ratios is not None:
             if self.retention != 1.0:
                 raise ValueError(
@@ -79,24 +109,60 @@ class FastMMoEConfig:
         stages = len(self.prune_layers)
         return tuple(self.retention ** (1 / stages) for _ in range(stages))
 
-    def check_model(self, num_hidden_layers: int, num_experts_per_tok: int) -> None:
-        """Check that a text model with so many layers and experts per token can be run with this config.
+    def vision_left(self, stage: int, n_vision: int) -> int:
+        """Vision tokens of one sample that leave a stage (counted from 0) which `n_vision` enter (method section 2.1).
 
-        Raises:
-            ValueError: a prune layer or `reduction_layer` beyond the last layer, or `vision_top_k` above K.
+        Merging does not change their number, so the runs do not matter.
         """
-        layers = f"the model has {num_hidden_layers} layers, expected layers from 0 to {num_hidden_layers - 1}"
-        if self.prune_layers and self.prune_layers[-1] >= num_hidden_layers:
-            raise ValueError(f"prune_layers={self.prune_layers}: {layers}; give prune_layers that fit this model")
-        if self.vision_top_k is None:
-            return
-        if self.vision_top_k > num_experts_per_tok:
-            raise ValueError(f"vision_top_k={self.vision_top_k}: expected at most the model's {num_experts_per_tok}")
-        if self.vision_top_k < num_experts_per_tok and self.reduction_layer >= num_hidden_layers:
-            raise ValueError(
-                f"reduction_layer={self.reduction_layer}: {layers}; vision_top_k={self.vision_top_k} would silently do "
-                "nothing"
-            )
+        return prune_plan([n_vision] if n_vision else [], self.stage_keep_ratios[stage], 0.0, 1).target
+
+
+@dataclass(frozen=True)
+class FastMMoEConfig(StagedConfig):
+    """What to reduce, where, and by how much. The default reduces nothing.
+
+    Every value is checked on construction; numbers are stored as plain ints and floats, lists as tuples.
+
+    Args:
+        vision_top_k: experts per vision token, K_v (method section 1); None leaves the model's own K.
+        reduction_layer: first layer that uses `vision_top_k`, l_v; layers count from 0.
+        prune_layers: layers that prune vision tokens (method section 2), rising; empty prunes nothing.
+        retention: overall share of the vision tokens left after the last stage, in (0, 1]; every one of m stages
+            keeps `retention ** (1 / m)`. Stays at 1.0 when `keep_ratios` is given.
+        keep_ratios: the share each stage keeps of the vision tokens that enter it, in (0, 1], one per prune layer.
+        merge_ratio: share of a stage's survivors that are merged windows, in [0, 1].
+        window: tokens per window, W, at least 1.
+        alpha: weight of routing similarity against attention in the redundancy of "hybrid", in [0, 1].
+        strategy: "hybrid", "routing_similarity" or "dynamic_attention".
+        merge_method: "mlerp" or "mean".
+        keep_by: what ranks the tokens outside merged windows: "importance" (method section 2.6), or "redundancy", the
+            redundancy of their window (**ours**, see `fastmmoe_kernels.prune_batch`).
+        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+        min_vision_tokens: a prefill with fewer vision tokens than this, over its whole batch, runs the stock model:
+            below a break-even point, which depends on model and hardware and which `bench/bench_prefill.py` measures,
+            there is no time to save. The default never skips.
+
+    Raises:
+        TypeError: a value of another type (bools are no numbers here).
+        ValueError: a value out of range, or a combination that contradicts itself or would silently do nothing.
+    """
+
+    vision_top_k: int | None = None
+    reduction_layer: int = 2
+    prune_layers: tuple[int, ...] = ()
+    retention: float = 1.0
+    keep_ratios: tuple[float, ...] | None = None
+    merge_ratio: float = 0.025
+    window: int = 3
+    alpha: float = 0.5
+    strategy: str = "hybrid"
+    merge_method: str = "mlerp"
+    backend: str = "auto"
+    min_vision_tokens: int = 0
+    keep_by: str = "importance"
+
+    def pruning(self) -> Pruning:
+        return FastMMoEPruning(self)
 
     @classmethod
     def preset(cls, model_or_name: Any, retention: float = 1.0, **overrides: Any) -> "FastMMoEConfig":
@@ -168,8 +234,8 @@ class FastMMoEConfig:
                 if name == "VISION_EXPERT_REDUCE_FACTOR":
                     if num_experts_per_tok is None:
                         raise ValueError("expected num_experts_per_tok, the model's experts per token, along with it")
-                    value = max(1, int(num_experts_per_tok * _share("factor", value)))
-                values[field] = _CHECKS[field](field, value)
+                    value = max(1, int(num_experts_per_tok * share("factor", value)))
+                values[field] = CHECKS[field](field, value)
             except ValueError as error:
                 raise ValueError(f"environment variable {name}={text!r}: {error}") from error
         try:
@@ -177,19 +243,6 @@ class FastMMoEConfig:
         except ValueError as error:
             shown = ", ".join(f"{name}={text!r}" for name, text in given.items())
             raise ValueError(f"environment variables {shown}: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict; `from_dict` reads it back, through JSON too."""
-        values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "FastMMoEConfig":
-        """Build a config from `to_dict`'s dict; missing fields take their defaults, unknown ones are refused."""
-        unknown = sorted(set(values) - set(_CHECKS))
-        if unknown:
-            raise ValueError(f"values: unknown fields {unknown}, expected some of {list(_CHECKS)}")
-        return cls(**values)
 
 
 def text_config_of(model_or_config: Any) -> Any:
@@ -244,7 +297,7 @@ _PRESETS = (
 )
 
 
-def _int_from(low: int) -> Callable[[str, Any], int]:
+def int_from(low: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}: expected an int >= {low}, got {value!r} ({type(value).__name__})")
@@ -255,27 +308,31 @@ def _int_from(low: int) -> Callable[[str, Any], int]:
     return check
 
 
-def _number(name: str, value: Any, expected: str) -> float:
+def _number(name: str, value: Any, expected: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
     # written so that nan fails too
-    if not 0.0 <= value <= 1.0:
+    if not low <= value <= high:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return float(value)
 
 
-def _share(name: str, value: Any) -> float:
-    return _number(name, value, "a number in [0, 1]")
+def number_from(low: float) -> Callable[[str, Any], float]:
+    return lambda name, value: _number(name, value, f"a finite number >= {low}", low, sys.float_info.max)
 
 
-def _positive_share(name: str, value: Any) -> float:
-    number = _number(name, value, "a number in (0, 1]")
+def share(name: str, value: Any) -> float:
+    return _number(name, value, "a number in [0, 1]", 0.0, 1.0)
+
+
+def positive_share(name: str, value: Any) -> float:
+    number = _number(name, value, "a number in (0, 1]", 0.0, 1.0)
     if number == 0.0:
         raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
     return number
 
 
-def _choice(options: tuple[str, ...]) -> Callable[[str, Any], str]:
+def choice(options: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"{name}: expected one of {', '.join(options)}, got {value!r} ({type(value).__name__})")
@@ -286,7 +343,7 @@ def _choice(options: tuple[str, ...]) -> Callable[[str, Any], str]:
     return check
 
 
-def _tuple_of(check: Callable[[str, Any], Any]) -> Callable[[str, Any], tuple]:
+def tuple_of(check: Callable[[str, Any], Any]) -> Callable[[str, Any], tuple]:
     def check_all(name: str, values: Any) -> tuple:
         if not isinstance(values, (list, tuple)):
             raise TypeError(f"{name}: expected a tuple or list, got {values!r} ({type(values).__name__})")
@@ -295,14 +352,14 @@ def _tuple_of(check: Callable[[str, Any], Any]) -> Callable[[str, Any], tuple]:
     return check_all
 
 
-def _rising_layers(name: str, values: Any) -> tuple[int, ...]:
-    layers = _tuple_of(_int_from(0))(name, values)
+def rising_layers(name: str, values: Any) -> tuple[int, ...]:
+    layers = tuple_of(int_from(0))(name, values)
     if any(a >= b for a, b in pairwise(layers)):
         raise ValueError(f"{name}: expected layers in rising order, each once, got {layers}")
     return layers
 
 
-def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -311,18 +368,20 @@ def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list]:
 
 
 # each takes (name, value) and returns the value as it is stored
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "vision_top_k": _optional(_int_from(1)),
-    "reduction_layer": _int_from(0),
-    "prune_layers": _rising_layers,
-    "retention": _positive_share,
-    "keep_ratios": _optional(_tuple_of(_positive_share)),
-    "merge_ratio": _share,
-    "window": _int_from(1),
-    "alpha": _share,
-    "strategy": _choice(STRATEGIES),
-    "merge_method": _choice(MERGE_METHODS),
-    "backend": _choice(BACKENDS),
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "vision_top_k": optional(int_from(1)),
+    "reduction_layer": int_from(0),
+    "prune_layers": rising_layers,
+    "retention": positive_share,
+    "keep_ratios": optional(tuple_of(positive_share)),
+    "merge_ratio": share,
+    "window": int_from(1),
+    "alpha": share,
+    "strategy": choice(STRATEGIES),
+    "merge_method": choice(MERGE_METHODS),
+    "backend": choice(BACKENDS),
+    "min_vision_tokens": int_from(0),
+    "keep_by": choice(KEEP_BY),
 }
 
 # official variable -> field it sets, how its text is read

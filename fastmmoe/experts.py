@@ -12,16 +12,16 @@ NAME = "fastmmoe"
 def fastmmoe_experts(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Run `moe_experts` on a transformers experts module: [T, H], [T, K], [T, K] -> [T, H]; ids >= E are skipped."""
+    """What transformers calls under `experts_implementation="fastmmoe"`."""
     check_experts(experts)
-    return moe_experts(
-        hidden_states,
-        experts.gate_up_proj,
-        experts.down_proj,
-        top_k_index,
-        top_k_weights,
-        backend=getattr(experts.config, "fastmmoe_backend", "auto"),
-    )
+    return run_experts(experts, hidden_states, top_k_index, top_k_weights, "auto")
+
+
+def run_experts(
+    experts: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, backend: str
+) -> torch.Tensor:
+    """Run `moe_experts` on a transformers experts module: [T, H], [T, K], [T, K] -> [T, H]; ids >= E are skipped."""
+    return moe_experts(hidden, experts.gate_up_proj, experts.down_proj, ids, weights, backend=backend)
 
 
 def check_experts(experts: nn.Module) -> None:

@@ -3,7 +3,8 @@
 The convention: a multiply-add counts 2; attention scores and values count the causal half, `2 n^2 heads head_dim`;
 latent attention (MLA) counts as transformers computes it in a prefill, every head's keys and values written out;
 norms, activations, rotary embeddings, the language head and FastMMoE's own scoring (one attention row and one gate
-pass per prune layer, under 0.1 % of a 30B model's total) are left out, and so is the vision tower.
+pass per prune layer, under 0.1 % of a 30B model's total) are left out, and so is the vision tower. The scoring of the
+baselines (rows of attention, SparseVLM's rank and clusters) is left out as well; tokens that they recycle are counted.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from fastmmoe.config import FastMMoEConfig, plain_name, text_config_of
-from fastmmoe_kernels.layout import prune_plan
+from fastmmoe.config import ReductionConfig, plain_name, text_config_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class LayerFlops:
     Attributes:
         layer: counted from 0.
         attention_tokens: tokens the reduced layer's attention sees.
-        moe_tokens: tokens its MoE (or dense MLP) sees: fewer than `attention_tokens` at a prune layer.
+        moe_tokens: tokens its MoE (or dense MLP) sees: fewer than `attention_tokens` where tokens are pruned in front
+            of the MoE.
         dense: FLOPs of the unchanged model's layer.
         reduced: FLOPs of the layer under the config.
     """
@@ -238,7 +239,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def flops(
-    text_config: Any, n_text: int | Sequence[int], n_vision: int | Sequence[int], config: FastMMoEConfig
+    text_config: Any,
+    n_text: int | Sequence[int],
+    n_vision: int | Sequence[int],
+    config: ReductionConfig,
+    *,
+    vision_left: Sequence[Sequence[int]] | None = None,
 ) -> FlopsReport:
     """Count the FLOPs of one prefill of the language model, dense and under `config` (method section 3).
 
@@ -247,14 +253,16 @@ def flops(
             the name of one in `ARCHITECTURES` ("internvl3.5-30b-a3b", "OpenGVLab/InternVL3_5-30B-A3B-HF").
         n_text: text tokens of one sample, or of every sample of a batch.
         n_vision: vision tokens, likewise.
-        config: what is reduced.
+        config: what is reduced: a `FastMMoEConfig` or a baseline's.
+        vision_left: per prune layer, the vision tokens of each sample behind it, as they were measured; None counts
+            them from `config`, which SparseVLM's rank-adaptive counts do not allow.
 
     Raises:
         TypeError, ValueError: an unknown name or architecture, token counts that are no counts, do not pair up or
             are all zero, or a config that does not fit the model.
     """
     architecture = _architecture(text_config)
-    if not isinstance(config, FastMMoEConfig):
+    if not isinstance(config, ReductionConfig):
         raise TypeError(f"config: expected a FastMMoEConfig, got {type(config).__name__}")
     top_k = architecture.num_experts_per_tok
     config.check_model(architecture.num_hidden_layers, top_k)
@@ -271,13 +279,12 @@ def flops(
             for t, b, a in zip(text, before, after, strict=True)
         )
 
-    keep_ratios = dict(zip(config.prune_layers, config.stage_keep_ratios, strict=True))
+    left = _vision_left(config, vision, vision_left)
     per_layer = []
     before = vision
     for layer in range(architecture.num_hidden_layers):
-        after = before
-        if layer in keep_ratios:
-            after = tuple(_survivors(n, keep_ratios[layer]) for n in before)
+        behind = left.get(layer, before)
+        after = before if config.prunes_behind_layer else behind
         is_reduced = config.vision_top_k is not None and layer >= config.reduction_layer
         per_layer.append(
             LayerFlops(
@@ -288,15 +295,28 @@ def flops(
                 reduced=float(total(layer, before, after, config.vision_top_k if is_reduced else top_k)),
             )
         )
-        before = after
+        before = behind
     dense = sum(layer.dense for layer in per_layer)
     reduced = sum(layer.reduced for layer in per_layer)
     return FlopsReport(dense, reduced, 1.0 - reduced / dense, tuple(per_layer))
 
 
-def _survivors(n_vision: int, keep_ratio: float) -> int:
-    """Vision tokens left by one stage; merging does not change their number, so the runs do not matter."""
-    return prune_plan([n_vision] if n_vision else [], keep_ratio, merge_ratio=0.0, window=1).target
+def _vision_left(
+    config: ReductionConfig, vision: tuple[int, ...], measured: Sequence[Sequence[int]] | None
+) -> dict[int, tuple[int, ...]]:
+    """Prune layer -> vision tokens per sample behind it."""
+    if measured is not None:
+        stages = [_counts(f"vision_left[{stage}]", counts) for stage, counts in enumerate(measured)]
+        if [len(counts) for counts in stages] != [len(vision)] * len(config.prune_layers):
+            raise ValueError(
+                f"vision_left: expected {len(vision)} counts for each of {len(config.prune_layers)} prune layers, "
+                f"got {[len(counts) for counts in stages]}"
+            )
+        return dict(zip(config.prune_layers, stages, strict=True))
+    left = {}
+    for stage, layer in enumerate(config.prune_layers):
+        vision = left[layer] = tuple(config.vision_left(stage, n) for n in vision)
+    return left
 
 
 def _architecture(text_config: Any) -> Architecture:

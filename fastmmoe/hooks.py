@@ -1,27 +1,32 @@
-"""Hooks that run FastMMoE inside a stock transformers model. No forward is replaced.
+"""Hooks that run FastMMoE inside a stock transformers model.
 
 A forward with vision tokens passes, in this order: the head (which token asks), the multimodal model (which tokens are
 vision tokens), the text model (the host-side plan), then per decoder layer the mask and RoPE of what is left, and at
-a prune layer: attention (one row is captured), norm (its input is the residual stream), MoE (tokens are pruned in
-front of it), layer (returns the shorter stream). Behind the last layer the sequence gets its length back.
+a prune layer the hooks of `PruneLayer`. Behind the last layer the sequence gets its length back.
+
+A hook cannot keep a module from running, so gates and experts that route differently have their instance's `forward`
+replaced; without vision tokens it calls the module's own.
 """
 
+import dataclasses
 import functools
 import inspect
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastmmoe import attention, experts
+from fastmmoe import experts
 from fastmmoe.adapters import find_text_model
-from fastmmoe.config import FastMMoEConfig
-from fastmmoe.prefill import CACHE_STATE, NO_EFFECT, CacheState, ForwardPass, Segment
-from fastmmoe_kernels import VisionLayout, last_query_attention, prune_tokens, topk_routing
+from fastmmoe.config import ReductionConfig
+from fastmmoe.gates import is_linear
+from fastmmoe.patches import Patches
+from fastmmoe.prefill import CACHE_STATE, NO_EFFECT, CacheState, ForwardPass, Segment, ThreadState
+from fastmmoe.prune_layer import PruneLayer
+from fastmmoe_kernels import VisionLayout, gate_routing, topk_routing
 from fastmmoe_kernels.backend import resolve_backend
-from fastmmoe_kernels.layout import device_table
 
 
 class Hooks:
@@ -31,22 +36,27 @@ class Hooks:
         config: what to reduce.
         text_config: the text model's config.
         last: segments of the last forward with vision tokens, for the report; None before one.
+        skipped: the last forward with vision tokens had fewer than `config.min_vision_tokens`.
     """
 
-    def __init__(self, model: nn.Module, config: FastMMoEConfig):
+    def __init__(self, model: nn.Module, config: ReductionConfig):
         if model.training:
             raise ValueError("model: expected a model in evaluation mode, got one in training mode; call model.eval()")
         self.adapter, self._text, self._parent = find_text_model(model)
         self.config = config
         self.text_config = self._text.config
         self.last: list[Segment] | None = None
+        self.skipped = False
         self._heads = [m for m in model.modules() if _takes_logits_to_keep(m) and self._text in m.modules()]
         self._layers = list(self._text.layers)
-        self._stages = {layer: stage for stage, layer in enumerate(config.prune_layers)}
-        self._local = threading.local()
-        self._handles: list[Any] = []
-        self._configs: list[tuple[nn.Module, object]] = []
+        self._local = ThreadState()
+        self._patches = Patches()
         self._check(model)
+        self._pruning = config.pruning()
+        self._stages = {
+            number: PruneLayer(stage, self._layers[number], self.adapter, self._pruning, self._local)
+            for stage, number in enumerate(config.prune_layers)
+        }
 
     def _check(self, model: nn.Module) -> None:
         """Refuse what would fail, or silently do nothing, in a forward."""
@@ -60,7 +70,7 @@ class Hooks:
         if not moe:
             raise ValueError("model: no layer holds routed experts")
         for layer in config.prune_layers:
-            if layer < len(self._layers) and layer not in moe:
+            if layer < len(self._layers) and layer not in moe and not config.prunes_behind_layer:
                 raise ValueError(f"prune_layers: layer {layer} is not a MoE layer")
         top_k = adapter.routing_options(adapter.gate_of(self._layers[moe[0]]))["top_k"]
         config.check_model(len(self._layers), top_k)
@@ -86,68 +96,54 @@ class Hooks:
             raise
 
     def _install(self) -> None:
-        adapter = self.adapter
+        adapter, patches = self.adapter, self._patches
         for head in self._heads:
-            self._before(head, _bound(head, self._before_head))
-        self._before(self._parent, _bound(self._parent, self._before_parent))
-        self._after(self._parent, self._after_parent)
-        self._after(self._parent, self._clear_vision, always_call=True)
-        self._before(self._text, _bound(self._text, self._before_text))
-        self._after(self._text, self._after_text)
-        self._after(self._text, self._clear_pass, always_call=True)
+            patches.before(head, _bound(head, self._before_head))
+        patches.before(self._parent, _bound(self._parent, self._before_parent))
+        patches.after(self._parent, self._after_parent)
+        patches.after(self._parent, self._clear_vision, always_call=True)
+        patches.before(self._text, _bound(self._text, self._before_text))
+        patches.after(self._text, self._after_text)
+        patches.after(self._text, self._clear_pass, always_call=True)
 
         first = min(self._stages, default=len(self._layers))
         for number, layer in enumerate(self._layers):
-            if number > first:
-                self._before(layer, functools.partial(self._before_layer, number))
+            if number >= first:
+                patches.before(layer, functools.partial(self._before_layer, number))
             if number in self._stages:
-                self._install_stage(number, layer)
+                self._stages[number].install(patches)
             if number in self._reduced:
-                module = adapter.experts_of(layer)
-                self._override_config(
-                    module,
-                    _experts_implementation=functools.partial(self._experts_implementation, module.config),
-                    fastmmoe_backend=lambda: self.config.backend,
-                )
-                self._after(adapter.gate_of(layer), functools.partial(self._after_gate, number))
-        self._after(self._layers[-1], self._after_last_layer)
+                self._replace_forward(adapter.gate_of(layer), self._gate_forward)
+                self._replace_forward(adapter.experts_of(layer), self._experts_forward)
+        patches.after(self._layers[-1], self._after_last_layer)
 
-    def _install_stage(self, number: int, layer: nn.Module) -> None:
-        adapter = self.adapter
-        module = getattr(layer, adapter.attention)
-        module.__dict__[attention.CAPTURE] = self._capture
-        self._override_config(module, _attn_implementation=functools.partial(self._attn_implementation, module.config))
-        self._before(module, functools.partial(self._before_attention, number))
-        self._after(module, self._after_attention, always_call=True)
-        self._before(getattr(layer, adapter.norm), functools.partial(self._before_norm, number))
-        self._before(adapter.moe_of(layer), functools.partial(self._before_moe, number))
-        self._after(adapter.moe_of(layer), self._after_moe)
-        self._after(layer, self._after_prune_layer)
-
-    def _before(self, module: nn.Module, hook: Callable) -> None:
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
-
-    def _after(self, module: nn.Module, hook: Callable, always_call: bool = False) -> None:
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always_call))
-
-    def _override_config(self, module: nn.Module, **computed: Callable[[], object]) -> None:
-        self._configs.append((module, module.config))
-        module.config = attention.OverriddenConfig(module.config, **computed)
+    def _replace_forward(self, module: nn.Module, forward: Callable) -> None:
+        """Let `forward(module, stock, *args)` run in place of a module's own forward, which is `stock`."""
+        # accelerate's offloading wraps a forward: ours has to run inside, where the weights are loaded
+        name = "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
+        self._patches.put(module, name, functools.partial(forward, module, getattr(module, name)))
 
     def remove(self) -> None:
         """Take every trace of the hooks off the model."""
-        while self._handles:
-            self._handles.pop().remove()
-        while self._configs:
-            module, config = self._configs.pop()
-            module.config = config
-            module.__dict__.pop(attention.CAPTURE, None)
+        self._patches.remove()
 
     # ---------------------------------------------------------------- what a forward is
 
+    @contextmanager
+    def fixed_layout(self, layout: VisionLayout) -> Iterator[None]:
+        """Within the `with` block, every forward of this thread is a prefill with this layout; no mask is read."""
+        device = next(self._text.parameters()).device
+        if device.type != "meta":  # once, and not in every forward
+            layout = layout.to(device)
+        before, self._local.fixed_layout = self._local.fixed_layout, layout
+        try:
+            yield
+        finally:
+            self._local.fixed_layout = before
+
     @property
     def _pass(self) -> ForwardPass | None:
-        return getattr(self._local, "forward_pass", None)
+        return self._local.forward_pass
 
     def _before_head(self, module: nn.Module, inputs: dict[str, Any]) -> None:
         keep = inputs.get("logits_to_keep")
@@ -156,10 +152,11 @@ class Hooks:
 
     def _before_parent(self, module: nn.Module, inputs: dict[str, Any]) -> None:
         self._local.vision = None
-        self._local.vision = self.adapter.vision_mask(module, inputs)
+        if self._local.fixed_layout is None:
+            self._local.vision = self.adapter.vision_mask(module, inputs)
 
     def _after_parent(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if getattr(self._local, "vision", None) is not None:
+        if self._local.vision is not None:
             raise RuntimeError("fastmmoe: no effect: a forward with vision tokens did not call the text model's module")
 
     def _clear_vision(self, *_: Any) -> None:
@@ -167,24 +164,18 @@ class Hooks:
         self._local.back = 0
 
     def _before_text(self, module: nn.Module, inputs: dict[str, Any]) -> None:
-        self._local.forward_pass = None
-        vision = getattr(self._local, "vision", None)
-        self._local.vision = None
+        local = self._local
+        local.forward_pass = None
+        vision, local.vision = local.vision, None
         cache = inputs.get("past_key_values")
         state = getattr(cache, CACHE_STATE, None)
-        if vision is None and state is None:
+        if vision is None and local.fixed_layout is None and state is None:
             return
-        if module.training:
-            raise RuntimeError(
-                "model: expected evaluation mode, got training mode; fastmmoe.disable(model) to train it"
-            )
-        if inputs.get("output_router_logits") or getattr(self.text_config, "output_router_logits", False):
-            raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
-        if inputs.get("cu_seq_lens_q") is not None:
-            raise ValueError("cu_seq_lens_q: packed batches are not supported while FastMMoE is enabled")
-        embeds = inputs.get("inputs_embeds")
-        batch, n = (inputs["input_ids"] if embeds is None else embeds).shape[:2]
-        device = self._device(inputs)
+        self._check_inputs(module, inputs)
+        if local.fixed_layout is not None:
+            self._begin_fixed(inputs, cache, state)
+            return
+        batch, n, device = self._shape(inputs)
         past = _cached_tokens(cache, state, n)
         if past == 0:
             state = None
@@ -198,19 +189,67 @@ class Hooks:
                 state.crop_to(past)
         mask = inputs.get("attention_mask")
         new_mask, old_mask = _new_tokens_mask(mask, past, n)
+        layout = None
         if vision is not None:
             layout = VisionLayout.from_mask(vision, None if new_mask is None else new_mask.to(vision.device))
-            if not any(layout.n_vision) and state is None:
-                return
-            self._check_prompt_ends(layout)
-            back = getattr(self._local, "back", 0)
-            segment = Segment.from_layout(layout)
-            back = back if back < min(layout.tails) else 0
-        else:
+            if any(layout.n_vision) and sum(layout.n_vision) < self.config.min_vision_tokens:
+                self.last, self.skipped, layout = [Segment.from_layout(layout)], True, None
+        if layout is not None and (any(layout.n_vision) or state is not None):
+            self._begin(inputs, layout, cache, past, state, old_mask)
+        elif state is not None:
             valid = torch.ones(batch, n, dtype=torch.bool, device=device) if new_mask is None else new_mask.bool()
             # one token per sample is a decode step; it would not be decoded if it were padding
-            segment, back = Segment(valid, n == 1 or new_mask is None), 0
-        self._local.forward_pass = ForwardPass(self.text_config, [segment], cache, past, state, old_mask, back)
+            segment = Segment(valid, n == 1 or new_mask is None)
+            local.forward_pass = ForwardPass(self.text_config, [segment], cache, past, state, old_mask)
+
+    def _begin_fixed(self, inputs: dict[str, Any], cache: Any, state: CacheState | None) -> None:
+        """A forward on an empty cache whose layout is known: nothing is read from the device."""
+        layout = self._local.fixed_layout
+        batch, n, device = self._shape(inputs)
+        if (batch, n) != (layout.batch_size, layout.width):
+            raise ValueError(
+                f"layout: expected forwards with {layout.batch_size} samples of {layout.width} tokens within "
+                f"fixed_layout, got {batch} of {n}"
+            )
+        if state is not None:
+            raise ValueError("past_key_values: expected an empty cache within fixed_layout, got one of a prefill")
+        if not layout.is_full and inputs.get("attention_mask") is None:
+            raise ValueError("attention_mask: expected one for a layout with padding, got None")
+        if any(layout.n_vision):
+            self._begin(inputs, layout.to(device), cache, 0, None, None)
+
+    def _begin(
+        self,
+        inputs: dict[str, Any],
+        layout: VisionLayout,
+        cache: Any,
+        past: int,
+        state: CacheState | None,
+        old_mask: torch.Tensor | None,
+    ) -> None:
+        """Start a forward with vision tokens."""
+        self._check_prompt_ends(layout)
+        back = self._local.back if self._local.back < min(layout.tails) else 0
+        segments = [Segment.from_layout(layout)]
+        current = ForwardPass(self.text_config, segments, cache, past, state, old_mask, back)
+        if self._stages:
+            current.prompt = self._pruning.read_prompt(lambda: self._embeddings(inputs), layout, back)
+        self._local.forward_pass = current
+
+    def _embeddings(self, inputs: dict[str, Any]) -> torch.Tensor:
+        embeds = inputs.get("inputs_embeds")
+        return self._text.get_input_embeddings()(inputs["input_ids"]) if embeds is None else embeds
+
+    def _check_inputs(self, module: nn.Module, inputs: dict[str, Any]) -> None:
+        """Refuse a forward that FastMMoE cannot take part in."""
+        if module.training:
+            raise RuntimeError(
+                "model: expected evaluation mode, got training mode; fastmmoe.disable(model) to train it"
+            )
+        if inputs.get("output_router_logits") or getattr(self.text_config, "output_router_logits", False):
+            raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
+        if inputs.get("cu_seq_lens_q") is not None:
+            raise ValueError("cu_seq_lens_q: packed batches are not supported while FastMMoE is enabled")
 
     def _check_prompt_ends(self, layout: VisionLayout) -> None:
         """A sample's last token asks for the others and answers: it must not be pruned itself."""
@@ -219,9 +258,11 @@ class Hooks:
                 raise ValueError(f"input_ids: sample {sample} ends in a vision token, expected text at the end")
 
     @staticmethod
-    def _device(inputs: dict[str, Any]) -> torch.device:
-        given = inputs.get("inputs_embeds")
-        return (inputs["input_ids"] if given is None else given).device
+    def _shape(inputs: dict[str, Any]) -> tuple[int, int, torch.device]:
+        """(samples, tokens per sample, device) of a text model's forward."""
+        embeds = inputs.get("inputs_embeds")
+        tokens = inputs["input_ids"] if embeds is None else embeds
+        return tokens.shape[0], tokens.shape[1], tokens.device
 
     def _after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         current = self._pass
@@ -231,7 +272,9 @@ class Hooks:
         if stages != len(self._stages) or reduced != len(self._reduced):
             done = f"{stages} of {len(self._stages)} prune layers and {reduced} of {len(self._reduced)} expert layers"
             raise RuntimeError(NO_EFFECT.format(done))
-        self.last = current.segments
+        # the report needs no RoPE tables, and they are large; a stage that prunes nothing leaves the same segment
+        kept = {id(segment): dataclasses.replace(segment, rope=None) for segment in current.segments}
+        self.last, self.skipped = [kept[id(segment)] for segment in current.segments], False
 
     def _clear_pass(self, *_: Any) -> None:
         self._local.forward_pass = None
@@ -244,115 +287,18 @@ class Hooks:
             return None
         behind = sum(stage_layer < number for stage_layer in self._stages)
         segment = current.segment(behind)
-        if segment.index is None and current.state is None:
-            return None
-        if not current.has_vision and kwargs.get("attention_mask") is None and current.is_full(behind):
-            return None  # decoding without padding: the stock path
-        hidden = args[0] if args else kwargs["hidden_states"]
-        kwargs = dict(kwargs, attention_mask=current.attention_mask_for(behind, number, hidden))
-        if segment.index is not None:
-            kwargs["position_embeddings"] = current.rope(behind, kwargs["position_embeddings"])
-            # gaps in position ids look like packed sequences to flash attention, and RoPE is applied already
-            kwargs["position_ids"] = None
+        if segment.index is not None or current.state is not None:
+            # decoding without padding is the stock path
+            if current.has_vision or kwargs.get("attention_mask") is not None or not current.is_full(behind):
+                hidden = args[0] if args else kwargs["hidden_states"]
+                kwargs = dict(kwargs, attention_mask=current.attention_mask_for(behind, number, hidden))
+                if segment.index is not None:
+                    kwargs["position_embeddings"] = current.rope(behind, hidden.device)
+                    # gaps in position ids look like packed sequences to flash attention, and RoPE is applied already
+                    kwargs["position_ids"] = None
+        if number in self._stages and current.has_vision:
+            self._stages[number].enter(current, kwargs)
         return args, kwargs
-
-    # ---------------------------------------------------------------- a prune layer
-
-    def _prunes(self, number: int) -> ForwardPass | None:
-        """The current pass if it prunes at this layer: it has vision tokens, and some must go."""
-        current = self._pass
-        if current is None or not current.has_vision:
-            return None
-        layout = current.segments[-1].layout
-        ratio = self.config.stage_keep_ratios[self._stages[number]]
-        counts = layout.prune_counts(ratio, self.config.merge_ratio, self.config.window)
-        return current if counts.targets != layout.n_vision else None
-
-    def _attn_implementation(self, config: Any) -> str:
-        return attention.NAME if getattr(self._local, "armed", False) else config._attn_implementation
-
-    def _before_attention(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._local.armed = self._prunes(number) is not None
-
-    def _capture(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        self._local.armed = False
-        current = self._pass
-        segment = current.segments[-1]
-        layout, n, behind = segment.layout, segment.valid.shape[1], len(current.segments) - 1
-        if layout.padding_side == "left":
-            asking = query[:, :, n - 1 - current.back]  # [B, Hq, D]
-        else:
-            last = device_table((tuple(length - 1 - current.back for length in layout.lengths),), query.device)
-            last = last.long().view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[3])
-            asking = query.gather(2, last)[:, :, 0]
-        mask = None
-        if not current.is_full(behind) or current.back:
-            mask = current.key_mask(behind, key.device)
-            if current.back:
-                # candidates behind the asking token are no keys of its row
-                keys = torch.arange(mask.shape[1], device=mask.device)
-                ends = tuple(
-                    mask.shape[1] - n + start + length - current.back
-                    for start, length in zip(layout.starts, layout.lengths, strict=True)
-                )
-                mask = mask & (keys < device_table((ends,), mask.device).view(-1, 1))
-        length = key.shape[2] if mask is None else mask.shape[1]  # a static cache is longer than its contents
-        row = last_query_attention(asking, key[:, :, :length], scale=scale, key_mask=mask, backend=self.config.backend)
-        current.importance = row[:, length - n :]
-
-    def _after_attention(self, *_: Any) -> None:
-        self._local.armed = False
-
-    def _before_norm(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        current = self._prunes(number)
-        if current is not None:
-            current.residual = args[0] if args else kwargs["hidden_states"]
-
-    def _before_moe(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        current = self._pass
-        if current is None or not current.has_vision:
-            return None
-        segment = current.segments[-1]
-        if self._prunes(number) is None:
-            current.segments.append(segment)
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        config = self.config
-        pruned = prune_tokens(
-            hidden,
-            current.residual.to(hidden.device),
-            self.adapter.gate_probs(self._layers[number], hidden),
-            current.importance.to(hidden.device).contiguous(),
-            segment.layout.to(hidden.device),
-            keep_ratio=config.stage_keep_ratios[self._stages[number]],
-            merge_ratio=config.merge_ratio,
-            window=config.window,
-            alpha=config.alpha,
-            strategy=config.strategy,
-            merge_method=config.merge_method,
-            backend=config.backend,
-        )
-        current.segments.append(segment.after(pruned))
-        current.short_residual = pruned.residual
-        current.importance = current.residual = None
-        if args:
-            return (pruned.hidden, *args[1:]), kwargs
-        return args, dict(kwargs, hidden_states=pruned.hidden)
-
-    def _after_moe(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-        current = self._pass
-        if current is None or current.short_residual is None:
-            return None
-        current.short_residual = current.short_residual + output.view_as(current.short_residual)
-        # the layer adds this to its own, longer residual stream; `_after_prune_layer` returns the short sum instead
-        return output.new_zeros(()).expand(current.segments[-2].valid.shape + output.shape[-1:])
-
-    def _after_prune_layer(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        current = self._pass
-        if current is None or current.short_residual is None:
-            return None
-        hidden, current.short_residual = current.short_residual, None
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _after_last_layer(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         current = self._pass
@@ -368,30 +314,34 @@ class Hooks:
     # ---------------------------------------------------------------- fewer experts for vision tokens
 
     def _reduces(self) -> ForwardPass | None:
-        current = self._pass
+        current = self._local.forward_pass
         return current if current is not None and current.has_vision else None
 
-    def _experts_implementation(self, config: Any) -> str:
-        return experts.NAME if self._reduces() is not None else config._experts_implementation
-
-    def _after_gate(self, number: int, gate: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
+    def _gate_forward(self, gate: nn.Module, stock: Callable, hidden: torch.Tensor) -> tuple:
         current = self._reduces()
         if current is None:
-            return None
-        segment = current.segments[-1]
-        few = segment.layout.vision_mask
-        if not segment.is_full:
-            few = few | ~segment.valid.to(few.device)  # padding need not cost more than a vision token
-        logits = output[0]
-        routing = topk_routing(
-            logits,
-            vision_mask=few.flatten().to(logits.device),
+            return stock(hidden)
+        vision, padding = current.token_masks(hidden.device)
+        options = dict(
+            vision_mask=vision,
             vision_top_k=self.config.vision_top_k,
+            padding_mask=padding,
             backend=self.config.backend,
             **self.adapter.routing_options(gate),
         )
         current.reduced_layers += 1
-        return self.adapter.rerouted(output, routing)
+        if is_linear(gate, hidden):
+            routing = gate_routing(hidden.reshape(-1, hidden.shape[-1]), gate.weight, **options)
+            return self.adapter.gate_output(routing.logits, routing)
+        logits = stock(hidden)[0]
+        return self.adapter.gate_output(logits, topk_routing(logits, **options))
+
+    def _experts_forward(
+        self, module: nn.Module, stock: Callable, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        if self._reduces() is None:
+            return stock(hidden, ids, weights)
+        return experts.run_experts(module, hidden, ids, weights, self.config.backend)
 
 
 def _takes_logits_to_keep(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """The state of one forward pass: what each stretch of layers sees of the batch, and what its cache must remember."""
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -7,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from fastmmoe_kernels import PruneOutput, VisionLayout
+from fastmmoe_kernels import PrunedBatch, VisionLayout
 
 NO_EFFECT = "fastmmoe: no effect: only {} pruned or reduced; something in this model goes past its layers' modules"
 CACHE_STATE = "_fastmmoe_state"  # attribute of a transformers cache: CacheState
@@ -23,6 +24,7 @@ class Segment:
         layout: where the vision tokens are; None in a forward without vision tokens.
         index: int64 [B, n'], position of each token among the forward's input, -1 at padding; None: the input itself.
         merged: bool [B, n'], tokens that the prune stage in front of this stretch merged, for the report.
+        rope: RoPE tables (cos, sin) [B, n', D] of the survivors, at their original positions; None: the forward's own.
     """
 
     valid: torch.Tensor
@@ -30,22 +32,16 @@ class Segment:
     layout: VisionLayout | None = None
     index: torch.Tensor | None = None
     merged: torch.Tensor | None = None
+    rope: tuple[torch.Tensor, ...] | None = None
 
     @classmethod
     def from_layout(cls, layout: VisionLayout) -> "Segment":
         return cls(layout.valid_mask, layout.is_full, layout)
 
-    def after(self, pruned: PruneOutput) -> "Segment":
+    @classmethod
+    def after(cls, pruned: PrunedBatch) -> "Segment":
         """The segment behind a prune stage."""
-        index = pruned.index
-        if self.index is not None:
-            index = torch.where(index >= 0, self.index.to(index.device).gather(1, index.clamp_min(0)), -1)
-        return Segment(pruned.index >= 0, pruned.layout.is_full, pruned.layout, index, pruned.merged)
-
-    @property
-    def source(self) -> torch.Tensor:
-        """int64 [B, n'], `index` with 0 at padding, for gathers."""
-        return self.index.clamp_min(0)
+        return cls(pruned.valid, pruned.layout.is_full, pruned.layout, pruned.index, pruned.merged, pruned.rope)
 
 
 @dataclass
@@ -85,6 +81,22 @@ class CacheState:
 
 
 @dataclass
+class Stage:
+    """What the hooks of a prune layer hand to one another while a forward runs it and has tokens to prune there.
+
+    Attributes:
+        rope: RoPE tables (cos, sin) of the tokens that enter.
+        seen: what the pruning took from the layer's attention call; None before it.
+        residual, short_residual: the residual stream in front of the MoE, before and after pruning.
+    """
+
+    rope: tuple[torch.Tensor, ...]
+    seen: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    short_residual: torch.Tensor | None = None
+
+
+@dataclass
 class ForwardPass:
     """One forward pass of the text model with vision tokens, or on a cache that holds pruned ones.
 
@@ -95,7 +107,8 @@ class ForwardPass:
         state: what the cache remembers of earlier prune stages.
         attention_mask: the caller's 2D mask over past and new tokens, or None.
         back: how many tokens the query of the attention row lies in front of a sample's last token.
-        importance, residual, short_residual: handed from hook to hook at a prune layer.
+        prompt: what the pruning read of the forward's input embeddings.
+        stage: the prune layer under way, if it has tokens to prune.
         reduced_layers: layers whose vision tokens took fewer experts.
     """
 
@@ -106,9 +119,8 @@ class ForwardPass:
     state: CacheState | None
     attention_mask: torch.Tensor | None
     back: int = 0
-    importance: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
-    short_residual: torch.Tensor | None = None
+    prompt: torch.Tensor | None = None
+    stage: Stage | None = None
     reduced_layers: int = 0
     _memo: dict = field(default_factory=dict)
 
@@ -134,6 +146,22 @@ class ForwardPass:
         if self.state is None:
             return full and (self.past == 0 or self.attention_mask is None)
         return full and self.state.prefixes[number][1] and self.state.full_since
+
+    def token_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(vision tokens, padding or None without any) of the last segment, bool [T] each over all samples' tokens."""
+        segment = self.segments[-1]
+        key = ("tokens", len(self.segments), device)
+        if key not in self._memo:
+            padding = None if segment.is_full else ~segment.valid.flatten().to(device)
+            self._memo[key] = segment.layout.vision_mask.flatten().to(device), padding
+        return self._memo[key]
+
+    def key_count(self, number: int) -> int:
+        """How many keys these layers have, cached and new."""
+        cached = self.past
+        if self.state is not None:
+            cached += self.state.prefixes[number][0].shape[1] - self.state.length
+        return cached + self.segment(number).valid.shape[1]
 
     def key_mask(self, number: int, device: torch.device) -> torch.Tensor:
         """bool [B, keys]: which cached and new keys of these layers are valid."""
@@ -163,15 +191,11 @@ class ForwardPass:
             )
         return self._memo[key]
 
-    def rope(self, number: int, embeddings: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """RoPE tables [B or 1, n, D] of the survivors, at their original positions."""
-        key = ("rope", number, embeddings[0].device)
+    def rope(self, number: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """RoPE tables [B, n, D] of the layers behind `number` prune layers."""
+        key = ("rope", number, device)
         if key not in self._memo:
-            source = self.segment(number).source.to(embeddings[0].device)
-            self._memo[key] = tuple(
-                t.expand(source.shape[0], -1, -1).gather(1, source.unsqueeze(-1).expand(-1, -1, t.shape[-1]))
-                for t in embeddings
-            )
+            self._memo[key] = tuple(table.to(device) for table in self.segment(number).rope)
         return self._memo[key]
 
     def remember(self) -> None:
@@ -204,3 +228,19 @@ def _valid(mask: torch.Tensor | None, like: torch.Tensor, length: int) -> torch.
     if mask is None:
         return like.new_ones(like.shape[0], length)
     return mask.to(device=like.device, dtype=torch.bool)
+
+
+class ThreadState(threading.local):
+    """What hooks hand to later hooks of the same forward; one per thread, because threads may share a model.
+
+    Attributes:
+        vision: vision mask of the forward under way, from the multimodal model to its text model.
+        back: how many tokens the asking token lies in front of a sample's last token.
+        forward_pass: the text model's forward under way, if FastMMoE has a part in it.
+        fixed_layout: the layout that every forward has, see `fastmmoe.fixed_layout`.
+    """
+
+    vision: torch.Tensor | None = None
+    back: int = 0
+    forward_pass: ForwardPass | None = None
+    fixed_layout: VisionLayout | None = None

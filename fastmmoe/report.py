@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from torch import nn
 
+from fastmmoe.config import FastMMoEConfig
 from fastmmoe.enable import hooks_of
 from fastmmoe.flops import FlopsReport, flops
 from fastmmoe.prefill import Segment
@@ -20,10 +21,10 @@ class StageReport:
         layer: the decoder layer.
         entering: vision tokens that reach the stage.
         kept: survivors as they were.
-        merged: survivors that stand for a merged window.
+        merged: survivors that stand for several: a merged window, or SparseVLM's recycled tokens.
         dropped: entering - kept - merged.
-        fate: int8 [n_vision of the prompt] per sample, in sequence order: 0 kept, 1 member of a merged window,
-            2 dropped here, 3 gone at an earlier stage.
+        fate: int8 [n_vision of the prompt] per sample, in sequence order: 0 kept, 1 member of a merged window
+            (of SparseVLM's recycled tokens, the one whose place they take), 2 dropped here, 3 gone at an earlier stage.
     """
 
     layer: int
@@ -43,6 +44,7 @@ class PrefillReport:
         tokens_per_layer: per layer and sample, the tokens in that layer's MoE (or MLP).
         stages: one per prune layer.
         flops: FLOPs of the language model's prefill over the whole batch.
+        skipped: the stock model ran, with fewer vision tokens than the config's `min_vision_tokens`.
     """
 
     n_text: tuple[int, ...]
@@ -50,6 +52,7 @@ class PrefillReport:
     tokens_per_layer: tuple[tuple[int, ...], ...]
     stages: tuple[StageReport, ...]
     flops: FlopsReport
+    skipped: bool = False
 
     def to_dict(self) -> dict:
         """A JSON-able dict, without `fate`."""
@@ -60,6 +63,7 @@ class PrefillReport:
             "tokens_per_layer": [list(tokens) for tokens in self.tokens_per_layer],
             "stages": stages,
             "flops": {"dense": self.flops.dense, "reduced": self.flops.reduced, "saved": self.flops.saved},
+            "skipped": self.skipped,
         }
 
     def __str__(self) -> str:
@@ -74,6 +78,8 @@ class PrefillReport:
             "tokens per layer: " + " ".join(str(sum(tokens)) for tokens in self.tokens_per_layer),
             f"language model FLOPs: {f.dense:.4g} dense, {f.reduced:.4g} now, {f.saved:.1%} saved",
         ]
+        if self.skipped:
+            lines.append("skipped: fewer vision tokens than min_vision_tokens, the stock model ran")
         return "\n".join(lines)
 
 
@@ -91,16 +97,28 @@ def report(model: nn.Module) -> PrefillReport:
     segments = hooks.last
     layout = segments[0].layout
     n_text = tuple(length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True))
-    prune_layers = hooks.config.prune_layers
+    config = FastMMoEConfig() if hooks.skipped else hooks.config
+    prune_layers = config.prune_layers
+    # baselines have no windows: what they merge is told by the token it stands at alone
+    window = getattr(config, "window", 1)
+    # the MoE of a layer that is pruned behind still has all tokens
+    shortened = [layer + config.prunes_behind_layer for layer in prune_layers]
     return PrefillReport(
         n_text=n_text,
         n_vision=layout.n_vision,
         tokens_per_layer=tuple(
-            segments[sum(p <= layer for p in prune_layers)].layout.lengths
+            segments[sum(first <= layer for first in shortened)].layout.lengths
             for layer in range(hooks.text_config.num_hidden_layers)
         ),
-        stages=_stages(segments, prune_layers, hooks.config.window),
-        flops=flops(hooks.text_config, n_text, layout.n_vision, hooks.config),
+        stages=_stages(segments, prune_layers, window),
+        flops=flops(
+            hooks.text_config,
+            n_text,
+            layout.n_vision,
+            config,
+            vision_left=[segment.layout.n_vision for segment in segments[1:]],
+        ),
+        skipped=hooks.skipped,
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 
@@ -86,6 +86,7 @@ class VisionLayout:
     tails: tuple[int, ...]
     padding_side: str
     run_rank: torch.Tensor = field(repr=False)
+    _tables: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_mask(cls, vision_mask: torch.Tensor, attention_mask: torch.Tensor | None = None) -> "VisionLayout":
@@ -144,6 +145,16 @@ class VisionLayout:
             return self
         return dataclasses.replace(self, run_rank=self.run_rank.to(device, non_blocking=True))
 
+    def device_table(self, rows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+        """Host integers as int32 [rows, B] on the layout's device.
+
+        The layout and all that pruning makes of it keep the tensor: a CUDA graph may read it as long as they live.
+        """
+        key = (rows, self.device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(rows, dtype=torch.int32).to(self.device, non_blocking=True)
+        return self._tables[key]
+
     @property
     def starts(self) -> tuple[int, ...]:
         """Position of each sample's first valid token."""
@@ -181,7 +192,7 @@ class VisionLayout:
     def valid_mask(self) -> torch.Tensor:
         """bool [B, n], true at valid tokens."""
         position = torch.arange(self.width, device=self.device)
-        start, length = device_table((self.starts, self.lengths), self.device).unsqueeze(-1)
+        start, length = self.device_table((self.starts, self.lengths)).unsqueeze(-1)
         return (position >= start) & (position < start + length)
 
     @property
@@ -192,10 +203,15 @@ class VisionLayout:
     def prune_counts(self, keep_ratio: float, merge_ratio: float, window: int) -> "PruneCounts":
         """Counts of a prune stage on this batch; `merged` still to be bounded by the number of windows minus one."""
         plans = [_target_and_most_merged(n, keep_ratio, merge_ratio, window) for n in self.n_vision]
+        counts = self.counts_of(tuple(target for target, _ in plans))
+        return dataclasses.replace(counts, most_merged=tuple(merged for _, merged in plans))
+
+    def counts_of(self, targets: tuple[int, ...]) -> "PruneCounts":
+        """Counts of a stage that leaves `targets[b]` vision tokens of sample b and merges nothing."""
         lengths = tuple(
-            length - n + target for length, n, (target, _) in zip(self.lengths, self.n_vision, plans, strict=True)
+            length - n + target for length, n, target in zip(self.lengths, self.n_vision, targets, strict=True)
         )
-        return PruneCounts(tuple(t for t, _ in plans), tuple(m for _, m in plans), lengths)
+        return PruneCounts(targets, (0,) * len(targets), lengths)
 
 
 @dataclass(frozen=True)
@@ -215,9 +231,3 @@ class PruneCounts:
     @property
     def width(self) -> int:
         return max(self.lengths, default=0)
-
-
-@lru_cache(maxsize=256)
-def device_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """Host integers as int32 [rows, B] on `device`. Cached: a layout seen before costs no copy (CUDA graphs)."""
-    return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)

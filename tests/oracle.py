@@ -62,6 +62,7 @@ def route(
     top_k: int,
     *,
     vision_mask: ArrayLike | None = None,
+    padding_mask: ArrayLike | None = None,
     vision_top_k: int | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
@@ -71,11 +72,15 @@ def route(
     routed_scaling_factor: float = 1.0,
     renormalize: bool = True,
 ) -> Routing:
-    """Routes tokens by logits [T, E]; tokens of vision_mask [T] get `vision_top_k` experts (None: `top_k`)."""
+    """Routes tokens by logits [T, E]; tokens of vision_mask [T] get `vision_top_k` experts (None: `top_k`).
+
+    Tokens of padding_mask [T] get none.
+    """
     logits = _floats(logits, "logits", (None, None))
     T, E = logits.shape
     vision_top_k = top_k if vision_top_k is None else vision_top_k
     mask = _mask(vision_mask, "vision_mask", (T,), default=False)
+    padding = _mask(padding_mask, "padding_mask", (T,), default=False)
     bias = None if correction_bias is None else _floats(correction_bias, "correction_bias", (E,))
     _require(1 <= vision_top_k <= top_k, f"vision_top_k={vision_top_k}, expected 1 to top_k={top_k}")
     _require(n_group >= 1 and E % n_group == 0, f"n_group={n_group} does not divide E={E}")
@@ -88,11 +93,21 @@ def route(
     weights, probs = np.empty((T, top_k)), np.empty((T, E))
     score_gap, group_gap, order_gap = np.empty(T), np.empty(T), np.empty(T)
     _call(
-        "topk_routing", logits, mask, bias, T, E, top_k, vision_top_k, _int32(SCORING[scoring]),
+        "topk_routing", logits, mask, padding, bias, T, E, top_k, vision_top_k, _int32(SCORING[scoring]),
         _int32(norm_topk_prob), n_group, topk_group, float(routed_scaling_factor), _int32(renormalize),
         ids, weights, probs, score_gap, group_gap, order_gap,
     )  # fmt: skip
     return Routing(ids, weights, probs, score_gap, group_gap, order_gap)
+
+
+def gate_logits(hidden: ArrayLike, weight: ArrayLike) -> NDArray:
+    """hidden [T, H] @ weight [E, H] transposed: [T, E]."""
+    hidden = _floats(hidden, "hidden", (None, None))
+    T, H = hidden.shape
+    weight = _floats(weight, "weight", (None, H))
+    logits = np.empty((T, weight.shape[0]))
+    _call("gate_logits", hidden, weight, T, H, weight.shape[0], logits)
+    return logits
 
 
 # --- experts and attention --------------------------------------------------------------------------------------------

@@ -7,21 +7,32 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import bench_experts
+import bench_overhead
+import bench_prefill
 import contestants
+import plot_prefill
+import prefill_variants
 import pytest
 import torch
 import tune_experts
 import typer
 from launches import record_launches
+from memory import Memory, measure_memory, peak_of
+from prefill_model import SIZES, Case, build_model, build_samples, join
+from prefill_summary import break_even, find_best_dense, find_break_evens, median_ratio, summarise
+from prefill_variants import Runner, Variant, build_variants, check_parity
+from report_prefill import break_even_lines
 from roofline import ESTIMATE, Ceilings, ExpertsShape, expert_stages, padding_factor, roofline_seconds
 from tile_table import replace_row
-from timing import interleave
+from timing import interleave, take_turns
 from workload import make_hidden, make_routing, make_weights, reference, routing_logits, worst_row_error
 
+from fastmmoe import flops
 from fastmmoe_kernels.experts import kernel, tiles
 from fastmmoe_kernels.experts.tiles import GemmTile
 
@@ -147,6 +158,21 @@ def test_rounds():
     rounds = ["".join(done[i : i + 3]) for i in range(0, len(done), 3)]
     assert len(rounds) == 7 and all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 2
     assert {name: len(s) for name, s in seconds.items()} == {"a": 6, "b": 6, "c": 6}
+
+
+def test_turns():
+    """What the calls return, each once per round in changing order; none is left out."""
+    done = []
+    calls = {name: lambda name=name: done.append(name) or len(done) for name in "abc"}
+    results = take_turns(calls, 6)
+    rounds = ["".join(done[i : i + 3]) for i in range(0, len(done), 3)]
+    assert len(rounds) == 6 and all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 2
+    assert results == {name: [i + 1 for i, n in enumerate(done) if n == name] for name in "abc"}
+
+
+def test_turns_end_at_the_deadline():
+    assert take_turns({"a": lambda: 1, "b": lambda: 2}, 5, deadline=time.monotonic()) == {"a": [1], "b": [2]}
+    assert take_turns({"a": lambda: 1}, 5, deadline=time.monotonic() + 1000) == {"a": [1] * 5}
 
 
 def test_recorded_launches_run_again():
@@ -358,6 +384,353 @@ def test_table_is_rewritten():
         assert replace_row(changed, target, row, "tuned on a card, today") == changed
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_peak_by_hand():
+    """Together 700 at most; the release of an address that was never allocated counts for nothing."""
+    changes = [(1, 300), (2, 400), (9, -5000), (1, -300), (3, 100), (1, 150), (2, -400)]
+    assert peak_of(changes) == Memory(peak=700, left=250)
+    assert peak_of([]) == Memory(0, 0)
+
+
+@torch.library.custom_op("fastmmoe_test::scratch", mutates_args=())
+def scratch_op(x: torch.Tensor) -> torch.Tensor:
+    """Takes three times its input's memory for a while."""
+    return torch.cat((x, x, x))[: len(x)].clone()
+
+
+def test_memory_of_a_call():
+    """Bytes known by hand, those within a custom op included; the same each time."""
+    before = [torch.ones(5000)]
+
+    def call():
+        a = torch.ones(1000)  # 4000
+        before.clear()  # was there before
+        b = scratch_op(a)  # 4000 that stay, and 12000 beside them
+        del a  # 4000 left
+        torch.ones(2000)  # 12000
+        return b
+
+    for _ in range(3):
+        memory, result = measure_memory(call, CPU)
+        assert memory == Memory(peak=4000 + 12000 + 4000, left=4000) and len(result) == 1000
+
+
+# --- prefill: model and variants --------------------------------------------------------------------------------------
+
+TINY = SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return Runner(build_model(TINY, CPU, torch.float32, tile_tokens=16))
+
+
+def test_case():
+    case = Case((1, 3, 2), text=8, tile_tokens=16)
+    assert case.batch == 3 and case.is_mixed and case.vision_tokens == (16, 48, 32)
+    # 24 + 56 + 40 of 3 x 56 positions hold a token
+    assert case.padded_share == pytest.approx(1 - 120 / 168)
+    assert str(case) == "16 to 48 vision + 8 text tokens x 3"
+    plain = Case((2, 2), text=8, tile_tokens=16)
+    assert not plain.is_mixed and plain.padded_share == 0 and str(plain) == "32 vision + 8 text tokens x 2"
+
+
+def test_list_of_cases():
+    cases = bench_prefill.list_cases([4, 1], [1, 2], 3, 8, 16)
+    assert [case.tiles for case in cases] == [(4,), (4, 4), (1,), (1, 1), (1, 2, 3)]
+    assert not any(case.is_mixed for case in bench_prefill.list_cases([4], [2], 0, 8, 16))
+
+
+@torch.inference_mode()
+def test_joined_samples(runner):
+    """Padded on the left, and otherwise what they are one by one."""
+    samples = build_samples(runner.model, Case((1, 2), text=6, tile_tokens=16))
+    batch = join(samples)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 38)
+    assert batch["attention_mask"].tolist() == [[0] * 16 + [1] * 22, [1] * 38]
+    assert torch.equal(batch["input_ids"][0, 16:], samples[0]["input_ids"][0])
+    assert torch.equal(batch["input_ids"][1], samples[1]["input_ids"][0])
+    image = batch["input_ids"] == 1
+    assert image.sum(1).tolist() == [16, 32] and image[1, 3:35].all() and image[0, 19:35].all()
+    assert torch.equal(batch["pixel_values"], torch.cat([s["pixel_values"] for s in samples]))
+    one_by_one = torch.cat([runner.logits(Variant("dense", "sdpa", "eager"), s) for s in samples])
+    torch.testing.assert_close(runner.logits(Variant("dense", "sdpa", "eager"), batch), one_by_one)
+
+
+def test_variants():
+    variants = build_variants(SIZES["30b"], 0.5, ["sdpa", "eager"], ["grouped_mm", "eager"])
+    assert next(iter(variants)) == "stock, grouped_mm" and len(variants) == 16
+    dense = [name for name, variant in variants.items() if variant.method == "dense"]
+    assert all((variants[name].config is None) == (name in dense) for name in variants) and len(dense) == 6
+    both = variants["both, eager"]
+    assert both.attention == "eager" and both.experts == "grouped_mm" and both.config.vision_top_k == 4
+    assert both.config.prune_layers == (5, 8, 12) and both.config.retention == 0.5
+    assert variants["experts only"].config.prune_layers == () and variants["prune only"].config.vision_top_k is None
+    # of 8 layers: 48's 5, 8 and 12 are 0.8, 1.3 and 2
+    assert build_variants(TINY, 0.5, ["sdpa"], ["eager"])["both"].config.prune_layers == (1, 2)
+
+
+@torch.inference_mode()
+def test_runs_of_all_variants(runner):
+    """FLOPs and what a prefill leaves behind, by hand; the model is stock again afterwards."""
+    case = Case((2, 2), text=6, tile_tokens=16)
+    inputs = join(build_samples(runner.model, case))
+    stock = Variant("dense", "sdpa", "grouped_mm")
+    logits = runner.logits(stock, inputs)
+
+    def count_hooks():
+        # transformers has its own
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in runner.model.modules())
+
+    hooks = count_hooks()
+    # keys and values, two heads of 16, float32; the first token, int64
+    token = 2 * TINY.kv_heads * TINY.head_dim * 4
+    found = {}
+    for name, variant in build_variants(TINY, 0.5, ["sdpa"], ["grouped_mm", "eager"]).items():
+        memory, saved = runner.inspect(variant, inputs)
+        found[name] = memory
+        config, lengths = variant.config, [38] * TINY.layers
+        if config is None:
+            assert saved == 0
+        else:
+            report = flops(runner.model.config.text_config, (6, 6), (32, 32), config)
+            assert saved == report.saved > 0
+            lengths = [layer.attention_tokens // 2 for layer in report.per_layer]
+        extra = memory.left - (token * 2 * sum(lengths) + 2 * 8)
+        # FastMMoE also leaves what the report and a later turn must know of the tokens
+        assert extra == 0 if config is None else extra > 0
+        assert memory.peak > memory.left
+        seconds = runner.measure(variant, inputs, steps=2)
+        assert seconds.keys() == {"ttft", "tpot"} and min(seconds.values()) > 0
+    both, stock_memory = found["both"], found["stock, grouped_mm"]
+    assert both.peak < stock_memory.peak and both.left < stock_memory.left
+    assert torch.equal(runner.logits(stock, inputs), logits)
+    assert count_hooks() == hooks
+
+
+class FakeRunner:
+    """Logits as given, in the order in which they are asked for."""
+
+    model = torch.zeros(1)
+
+    def __init__(self, *logits):
+        self.left = [torch.tensor([[1.0, value]]) for value in logits]
+
+    def logits(self, variant, inputs):
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize(
+    "logits, ok",
+    [
+        # stock, stock again, nothing reduced, transformers' other experts, ours
+        ((2.0, 2.0, 2.0, 2.0, 2.0), True),
+        ((2.0, 2.0, 2.0001, 2.0, 2.0), False),  # a deterministic device, and a difference
+        ((2.0, 2.001, 2.001, 2.0, 2.0), True),  # the device itself differs as much
+        ((2.0, 2.0, 2.0, 2.0, 2.1), False),
+        ((2.0, 2.0, 2.0, 2.1, 2.1), True),  # transformers' own implementations are as far apart
+        ((2.0, 2.0, 2.0, 2.1, 2.3), False),
+        ((2.0, 2.0, 2.0, 9.0, 9.0), False),  # so far apart that they say nothing
+        ((2.0, 2.0, 2.0, 2.0, float("nan")), False),
+        ((2.0, 2.0, float("nan"), 2.0, 2.0), False),
+    ],
+)
+def test_parity(logits, ok):
+    if ok:
+        assert check_parity(FakeRunner(*logits), {}, "sdpa", "grouped_mm")["our_experts"] == pytest.approx(
+            (logits[4] - 2) / 5**0.5, abs=1e-6
+        )
+    else:
+        with pytest.raises(SystemExit, match="parity: "):
+            check_parity(FakeRunner(*logits), {}, "sdpa", "grouped_mm")
+
+
+# --- prefill: arithmetic ----------------------------------------------------------------------------------------------
+
+
+def test_best_dense_has_the_smallest_median():
+    seconds = {"a": [1.0, 9.0, 9.0], "b": [4.0, 4.0, 5.0], "both": [1.0, 1.0, 1.0]}
+    assert find_best_dense(seconds, ["a", "b"]) == "b"
+
+
+def test_ratios_are_taken_within_rounds():
+    """Every round twice as slow as the one before: of the medians it would be 1.0."""
+    assert median_ratio([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == 0.5
+    assert median_ratio([3.0, 1.0, 1.0], [1.0, 1.0, 4.0]) == 1.0
+
+
+def facts(method, saved, peak):
+    return {"method": method, "flops_saved": saved, "peak_bytes": peak, "left_bytes": 1}
+
+
+def test_summary_by_hand():
+    known = {"stock": facts("dense", 0.0, 100), "ours": facts("dense", 0.0, 80), "both": facts("both", 0.6, 50)}
+    samples = {
+        "stock": [{"ttft": 4.0, "tpot": 1.0, "one_by_one": 8.0}] * 3,
+        "ours": [{"ttft": t, "tpot": 2.0, "one_by_one": 4.0} for t in (1.0, 2.0, 3.0)],
+        "both": [{"ttft": t, "tpot": 1.5, "one_by_one": 1.0} for t in (0.5, 1.0, 1.5)],
+    }
+    case = summarise(samples, known)
+    assert case["best_dense"] == "ours" and [row["variant"] for row in case["variants"]] == list(known)
+    stock, ours, both = case["variants"]
+    assert (both["ttft_seconds"], both["tpot_seconds"]) == (1.0, 1.5)
+    assert (both["ttft_over_stock"], both["ttft_over_best_dense"]) == (0.25, 0.5)
+    assert (both["tpot_over_stock"], both["tpot_over_best_dense"]) == (1.5, 0.75)
+    assert both["flops_ratio"] == pytest.approx(0.4) and both["peak_over_stock"] == 0.5
+    assert both["time_saved_per_flops_saved"] == pytest.approx(0.5 / 0.6)
+    assert (stock["padding_cost"], ours["padding_cost"], both["padding_cost"]) == (0.5, 0.5, 1.0)
+    assert stock["time_saved_per_flops_saved"] is None and stock["ttft_over_best_dense"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "ratios, want",
+    [
+        ({64: 1.2, 128: 0.9, 256: 0.7}, ("from", 128)),
+        ({256: 0.7, 64: 1.2, 128: 0.9}, ("from", 128)),
+        ({64: 0.9, 128: 1.1, 256: 0.8, 512: 0.6}, ("from", 256)),  # pays, does not, pays
+        ({64: 0.9, 128: 0.8}, ("always", None)),
+        ({64: 1.2, 128: 1.0}, ("never", None)),
+        ({64: 0.9, 128: 1.1}, ("never", None)),  # not at the largest
+        ({64: 0.9, 128: float("nan")}, ("never", None)),
+        ({64: 0.9}, ("always", None)),
+    ],
+)
+def test_break_even(ratios, want):
+    assert break_even(ratios) == want
+
+
+def measured_case(batch, tokens, **ratios):
+    rows = [{"variant": name, "method": name.split("_")[0], "ttft_over_best_dense": r} for name, r in ratios.items()]
+    return {"batch": batch, "vision_tokens": [tokens] * batch, "is_mixed": False, "variants": rows}
+
+
+def test_break_evens_of_a_grid():
+    cases = [
+        measured_case(1, 128, dense=1.0, both=0.9, both_ours=0.8),
+        measured_case(1, 64, dense=1.0, both=1.1, both_ours=0.9),
+        measured_case(8, 64, dense=1.0, both=1.1, both_ours=1.1),
+        measured_case(8, 512, dense=1.0, both=1.1, both_ours=0.7),
+        # slower, but mixed
+        measured_case(8, 1024, both=3.0) | {"is_mixed": True},
+    ]
+    records = find_break_evens(cases)
+    assert [(r["batch"], r["variant"], r["pays"], r["vision_tokens"], r["min_vision_tokens"]) for r in records] == [
+        (1, "both", "from", 128, 128),
+        (1, "both_ours", "always", None, None),
+        (8, "both", "never", None, None),
+        (8, "both_ours", "from", 512, 4096),
+    ]
+    assert records[0]["ttft_over_best_dense"] == {"64": 1.1, "128": 0.9}
+    lines = break_even_lines(records)
+    assert lines[0] == "batch 1: both pays, by vision tokens per sample: from 128 on"
+    assert lines[1].endswith("at every number measured, from 64 on")
+    assert lines[2].endswith("not at 512, the largest number measured")
+
+
+# --- bench_prefill, plot_prefill, bench_overhead ----------------------------------------------------------------------
+
+
+def test_prefill_on_cpu(tmp_path):
+    path, picture = tmp_path / "new" / "prefill.json", tmp_path / "prefill.png"
+    grid = "--size tiny --tile-tokens 16 --tiles 1 --tiles 2 --batch 1 --batch 2 --mixed 2 --text 8".split()
+    done = run_script("bench_prefill.py", *grid, "--rounds", "2", "--steps", "1", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert {"cpu", "threads", "python"} <= result["machine"].keys() and result["versions"]["torch"] == torch.__version__
+    assert result["parity"]["nothing_reduced"] == 0 and not result["left_out"]
+    assert [case["vision_tokens"] for case in result["cases"]] == [[16], [16, 16], [32], [32, 32], [16, 32]]
+    for case in result["cases"]:
+        rows = {row["variant"]: row for row in case["variants"]}
+        assert list(rows) == list(case["samples"]) and len(rows) == 8 and case["rounds"] == 2
+        best = rows[case["best_dense"]]
+        assert best["method"] == "dense" and best["ttft_over_best_dense"] == 1
+        assert best["ttft_seconds"] == min(row["ttft_seconds"] for row in rows.values() if row["method"] == "dense")
+        both, stock = rows["both"], rows["stock, grouped_mm"]
+        assert both["peak_bytes"] <= stock["peak_bytes"] and both["left_bytes"] < stock["left_bytes"]
+        assert both["flops_ratio"] < rows["prune only"]["flops_ratio"] < 1 == stock["flops_ratio"]
+        assert ("padding_cost" in both) == case["is_mixed"] and case["label"] in done.stdout
+        # 16 of 2 x 40 positions
+        assert case["padded_share"] == pytest.approx(0.2 if case["is_mixed"] else 0)
+    assert [(r["batch"], r["variant"]) for r in result["break_even"]] == [
+        (1, "both"), (1, "both, our experts"), (2, "both"), (2, "both, our experts")
+    ]  # fmt: skip
+    assert "batch 2: both pays, by vision tokens per sample: " in done.stdout
+    plot_prefill.main([path, path], picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_prefill_within_its_budget(tmp_path, capsys):
+    path = tmp_path / "p.json"
+    tiny = dict(size="tiny", tile_tokens=16, text=8, experts=["eager"], rounds=5, steps=1, json_path=path)
+    bench_prefill.main(**tiny, tiles=[1, 2], batch=[1], mixed=2, budget=0)
+    result = json.loads(path.read_text())
+    assert [case["rounds"] for case in result["cases"]] == [1]
+    assert result["left_out"] == ["32 vision + 8 text tokens x 1", "16 to 32 vision + 8 text tokens x 2"]
+    assert "left out, no time: 32 vision" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_on_a_broken_model(monkeypatch, tmp_path):
+    logits = Runner.logits
+    monkeypatch.setattr(
+        Runner, "logits", lambda self, v, i: logits(self, v, i) * (2 if v.experts == prefill_variants.OURS else 1)
+    )
+    with pytest.raises(SystemExit, match="parity: with our experts"):
+        bench_prefill.main(size="tiny", tile_tokens=16, text=8, tiles=[1], json_path=tmp_path / "p.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option, match", [({"tile_tokens": 15}, "a square number, got 15"), ({"mixed": 1}, "got 1")])
+def test_prefill_refuses(option, match):
+    with pytest.raises(typer.BadParameter, match=match):
+        bench_prefill.main(**option)
+
+
+def test_plot_takes_the_first_of_a_case():
+    def result(time, *tokens):
+        return {"cases": [measured_case(1, n, both=time) for n in tokens]}
+
+    mixed = {"cases": [measured_case(8, 64, both=1.0) | {"is_mixed": True}]}
+    found = plot_prefill.collect([result(0.5, 512, 64), result(0.7, 64, 128), mixed])
+    assert list(found) == [1] and list(found[1]) == [64, 128, 512]
+    assert [rows["both"]["ttft_over_best_dense"] for rows in found[1].values()] == [0.5, 0.7, 0.5]
+
+
+def test_overheads_by_hand():
+    """Ten layers; a slow second round does not count."""
+    samples = {
+        ("image", "stock"): [{"ttft": 1.0, "tpot": 0.10}, {"ttft": 5.0, "tpot": 0.50}, {"ttft": 1.0, "tpot": 0.10}],
+        ("image", "both"): [{"ttft": 1.2, "tpot": 0.11}, {"ttft": 5.3, "tpot": 0.60}, {"ttft": 1.1, "tpot": 0.11}],
+    }
+    prefill, decode = bench_overhead.find_overheads(samples, "stock", 10)
+    assert (prefill["phase"], prefill["prompt"], prefill["method"]) == ("prefill", "image", "both")
+    assert prefill["added_us"] == pytest.approx(0.2e6) and prefill["added_us_per_layer"] == pytest.approx(0.02e6)
+    assert prefill["share_of_stock"] == pytest.approx(0.2) and prefill["stock_us"] == pytest.approx(1e6)
+    assert decode["phase"] == "decode step" and decode["added_us_per_layer"] == pytest.approx(1e3)
+    # twice the layers, ten times the time
+    bench_overhead.add_shares(
+        [prefill, decode], {"layers": 20, "prefill_us": 10e6, "decode_step_us": 1e6}
+    )
+    assert prefill["share_of_reference"] == pytest.approx(0.04) and decode["share_of_reference"] == pytest.approx(0.02)
+
+
+def test_overhead_on_cpu(tmp_path):
+    path = tmp_path / "overhead.json"
+    done = run_script("bench_overhead.py", *"--rounds 1 --steps 1 --size tiny --json".split(), str(path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert {"cpu", "threads", "python"} <= result["machine"].keys() and result["model"]["layers"] == 48
+    assert [(r["prompt"], r["method"], r["phase"]) for r in result["overheads"]] == [
+        (prompt, method, phase)
+        for prompt, method in (("text only", "both"), ("image", "experts only"), ("image", "prune only"),
+                               ("image", "both"))
+        for phase in ("prefill", "decode step")
+    ]  # fmt: skip
+    assert result["reference"]["size"] == "tiny" and all("share_of_reference" in r for r in result["overheads"])
+    assert "per layer, us" in done.stdout and "of tiny's" in done.stdout
+
+
 # --- gpu.sh -----------------------------------------------------------------------------------------------------------
 
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -381,10 +754,25 @@ def test_gpu_script_continues_and_resumes(tmp_path):
 
     first = run()
     assert first.returncode == 1 and "FAILED tuning: status 3" in first.stdout
-    names = {"parity.txt", "partial-tiles.json", "experts.json", "prefill.json", "experts.png", "log.txt"}
+    figures = {"experts.json", "prefill.json", "break_even.json", "overhead.json", "experts.png", "prefill.png"}
+    names = {"parity.txt", "partial-tiles.json", "log.txt"} | figures
     assert {path.name for path in out.iterdir()} == names
     assert "bench_experts.py --device cpu" in (out / "experts.json").read_text()
+    # 160 seconds, 30 of which for what was begun
+    assert " --budget 130 --json " in (out / "prefill.json").read_text()
+    assert f"plot_prefill.py {out}/prefill.json {out}/break_even.json " in (out / "prefill.png").read_text()
     python.write_text(FAKE_PYTHON.replace("exit 3", "exit 0"))
     second = run()
-    assert second.returncode == 0 and second.stdout.count("skipped") == 4
+    assert second.returncode == 0 and second.stdout.count("skipped") == 7
     assert {path.name for path in out.iterdir()} == names - {"partial-tiles.json"} | {"tiles.json"}
+
+
+def test_gpu_script_keeps_to_its_limit(tmp_path):
+    """Steps that are late get less time, and no time for them is a failure."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(out), "DRY_RUN": "1", "LIMIT": "14"}
+    done = subprocess.run([ROOT / "bench" / "gpu.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "FAILED prefill: no time left" in done.stdout
+    assert not (out / "prefill.json").exists()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmmoe_kernels import RoutingOutput
+from fastmmoe_kernels import GateOutput, RoutingOutput
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,10 @@ class Adapter:
     def experts_of(self, layer: nn.Module) -> nn.Module:
         return getattr(self.moe_of(layer), self.experts)
 
-    def gate_probs(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The gate's probabilities, float32 [..., E], for hidden [..., H]."""
-        # forward, not __call__: neither our own hook nor output recorders should see this extra pass
-        gate = self.gate_of(layer)
-        logits = gate.forward(hidden.reshape(-1, hidden.shape[-1]))[0].float()
-        probs = logits.softmax(-1) if self.routing_options(gate)["scoring"] == "softmax" else logits.sigmoid()
-        return probs.view(*hidden.shape[:-1], -1)
-
     @staticmethod
-    def rerouted(gate_output: tuple, routing: RoutingOutput) -> tuple:
-        """The gate's output with another choice of experts."""
-        return gate_output[0], routing.weights, routing.ids
+    def gate_output(logits: torch.Tensor, routing: RoutingOutput | GateOutput) -> tuple:
+        """What a gate returns, for a choice of experts."""
+        return logits, routing.weights, routing.ids
 
 
 def placeholder_mask(

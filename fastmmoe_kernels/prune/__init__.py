@@ -1,17 +1,20 @@
 """One prune stage: merge the most redundant windows, keep the most important tokens (paper 3.3; method 2.5-2.7)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from fastmmoe_kernels.backend import resolve_backend
-from fastmmoe_kernels.checks import FLOATS, check_choice, check_tensor
-from fastmmoe_kernels.layout import VisionLayout, check_prune_ratios, device_table
-from fastmmoe_kernels.prune.reference import prune_tokens_reference
+from fastmmoe_kernels.checks import FLOATS, check_choice, check_int, check_tensor
+from fastmmoe_kernels.layout import VisionLayout, check_prune_ratios
+from fastmmoe_kernels.prune.reference import prune_batch_reference
 from fastmmoe_kernels.redundancy import check_layout, check_redundancy_settings, window_scores
+from fastmmoe_kernels.redundancy.reference import window_head
 
 MERGE_METHODS = ("mlerp", "mean")
+KEEP_BY = ("importance", "redundancy")
 
 
 class PruneOutput(NamedTuple):
@@ -31,6 +34,26 @@ class PruneOutput(NamedTuple):
     layout: VisionLayout
 
 
+class PrunedBatch(NamedTuple):
+    """A batch after a prune stage, with what the layers behind it need.
+
+    Attributes:
+        hidden, residual, merged, layout: as in `PruneOutput`.
+        index: int64 [B, n'], source position of each token (a merged token's is its window's first), counted in the
+            earlier sequence when `source` was given; -1 at padding.
+        valid: bool [B, n'], false at padding.
+        rope: (cos, sin), each [B, n', D], of the survivors' source positions, zeros at padding; None if not given.
+    """
+
+    hidden: torch.Tensor
+    residual: torch.Tensor
+    index: torch.Tensor
+    merged: torch.Tensor
+    layout: VisionLayout
+    valid: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor] | None
+
+
 def prune_tokens(
     hidden: torch.Tensor,
     residual: torch.Tensor,
@@ -46,6 +69,33 @@ def prune_tokens(
     merge_method: str,
     backend: str = "auto",
 ) -> PruneOutput:
+    """Shorten a batch at a prune layer (method section 2): `prune_batch` on the streams alone, with its arguments."""
+    pruned = prune_batch(
+        hidden, residual, probs, importance, layout, keep_ratio=keep_ratio, merge_ratio=merge_ratio, window=window,
+        alpha=alpha, strategy=strategy, merge_method=merge_method, backend=backend,
+    )  # fmt: skip
+    return PruneOutput(pruned.hidden, pruned.residual, pruned.index, pruned.merged, pruned.layout)
+
+
+def prune_batch(
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+    probs: torch.Tensor,
+    importance: torch.Tensor,
+    layout: VisionLayout,
+    *,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    source: torch.Tensor | None = None,
+    keep_ratio: float | None = None,
+    targets: Sequence[int] | None = None,
+    merge_ratio: float,
+    window: int,
+    alpha: float,
+    strategy: str,
+    keep_by: str = "importance",
+    merge_method: str,
+    backend: str = "auto",
+) -> PrunedBatch:
     """Shorten a batch at a prune layer (method section 2). No host read: all shapes follow from `layout`'s counts.
 
     A sample with at most one vision token, or whose target is no smaller than its number of vision tokens, keeps all
@@ -57,9 +107,15 @@ def prune_tokens(
         probs: float32 [B, n, E], the gate's probabilities at this layer.
         importance: float32 [B, n], attention probability from the sample's last token to each token.
         layout: where the vision tokens are.
+        rope: (cos, sin), floating [B or 1, n, D] each, or None.
+        source: int64 [B, n], position of each token in an earlier, longer sequence (behind an earlier stage, that
+            stage's `index`); None when the tokens are that sequence.
         keep_ratio: share of the vision tokens entering this stage that survive, in (0, 1].
+        targets: in place of `keep_ratio`, how many vision tokens of each sample survive; `merge_ratio` has to be 0.
         merge_ratio: share of the survivors that are merged windows, in [0, 1].
         window, alpha, strategy: as in `window_redundancy`.
+        keep_by: what ranks the tokens outside merged windows: "importance" (method 2.6), or "redundancy", which keeps
+            those whose window has the smallest C (**ours**; ties go to the earlier token).
         merge_method: "mlerp" (mean direction, largest norm) or "mean".
         backend: "auto", "triton" or "torch".
 
@@ -72,28 +128,41 @@ def prune_tokens(
     check_tensor("residual", residual, (batch, n, hidden.shape[2]), FLOATS, layout.device)
     check_tensor("probs", probs, (batch, n, "E"), (torch.float32,), layout.device)
     check_tensor("importance", importance, (batch, n), (torch.float32,), layout.device)
-    check_prune_ratios(keep_ratio, merge_ratio, window)
+    if rope is not None:
+        _check_rope(rope, layout)
+    if source is not None:
+        check_tensor("source", source, (batch, n), (torch.int64,), layout.device)
+    if (keep_ratio is None) == (targets is None):
+        raise ValueError(f"keep_ratio={keep_ratio}, targets={targets}: expected one of the two")
+    check_prune_ratios(1.0 if keep_ratio is None else keep_ratio, merge_ratio, window)
+    if targets is not None:
+        _check_targets(targets, layout, merge_ratio)
     check_redundancy_settings(window, alpha, strategy)
+    check_choice("keep_by", keep_by, KEEP_BY)
     check_choice("merge_method", merge_method, MERGE_METHODS)
     backend = resolve_backend(backend, hidden)
 
-    counts = layout.prune_counts(keep_ratio, merge_ratio, window)
-    table = device_table(
+    if targets is None:
+        counts = layout.prune_counts(keep_ratio, merge_ratio, window)
+    else:
+        counts = layout.counts_of(tuple(targets))
+    table = layout.device_table(
         (
             layout.starts,
             layout.lengths,
             counts.targets,
             counts.most_merged,
             tuple(counts.width - length if layout.padding_side == "left" else 0 for length in counts.lengths),
-        ),
-        layout.device,
+        )
     )
     _, _, redundancy, windows = window_scores(
         probs, importance, layout.run_rank, window, float(alpha), strategy, backend
     )
-    if strategy == "routing_similarity":
+    if keep_by == "redundancy":
+        importance = -token_redundancy(redundancy, layout.run_rank, window)
+    elif strategy == "routing_similarity":
         importance = torch.linalg.vector_norm(probs, dim=-1)
-    short_hidden, short_residual, index, merged, run_rank = _prune_tokens(
+    short_hidden, short_residual, index, merged, valid, run_rank, tables = _prune_batch(
         hidden,
         residual,
         importance,
@@ -101,6 +170,8 @@ def prune_tokens(
         windows,
         layout.run_rank,
         table,
+        list(rope or ()),
+        source,
         counts.width,
         max(counts.most_merged, default=0),
         window,
@@ -110,11 +181,38 @@ def prune_tokens(
     short = dataclasses.replace(
         layout, width=counts.width, lengths=counts.lengths, n_vision=counts.targets, run_rank=run_rank
     )
-    return PruneOutput(short_hidden, short_residual, index, merged, short)
+    return PrunedBatch(
+        short_hidden, short_residual, index, merged, short, valid, None if rope is None else (tables[0], tables[1])
+    )
 
 
-@torch.library.custom_op("fastmmoe::prune_tokens", mutates_args=())
-def _prune_tokens(
+def token_redundancy(redundancy: torch.Tensor, run_rank: torch.Tensor, window: int) -> torch.Tensor:
+    """Every vision token's C: that of its window, float32 [B, n]; 0 at other tokens. Both arguments are [B, n]."""
+    return torch.where(run_rank >= 0, redundancy.gather(1, window_head(run_rank, window)), 0.0)
+
+
+def _check_targets(targets: Sequence[int], layout: VisionLayout, merge_ratio: float) -> None:
+    """Refuse anything but a possible count for every sample, without merging."""
+    if len(targets) != layout.batch_size:
+        raise ValueError(f"targets: expected {layout.batch_size} counts, got {len(targets)}")
+    for sample, (target, n_vision) in enumerate(zip(targets, layout.n_vision, strict=True)):
+        check_int(f"targets[{sample}]", target, 0, n_vision)
+    if merge_ratio > 0:
+        raise ValueError(f"merge_ratio: expected 0 with targets, got {merge_ratio}")
+
+
+def _check_rope(rope: object, layout: VisionLayout) -> None:
+    """Refuse anything but two tables alike, of the batch or of one sample."""
+    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+        raise TypeError(f"rope: expected a pair of tensors (cos, sin) or None, got {type(rope).__name__}")
+    cos, sin = rope
+    check_tensor("rope[0]", cos, ("B or 1", layout.width, "D"), FLOATS, layout.device)
+    if cos.shape[0] not in (1, layout.batch_size):
+        raise ValueError(f"rope[0]: expected tables for 1 or {layout.batch_size} samples, got {cos.shape[0]}")
+    check_tensor("rope[1]", sin, tuple(cos.shape), (cos.dtype,), layout.device)
+
+
+def _run(
     hidden: torch.Tensor,
     residual: torch.Tensor,
     importance: torch.Tensor,
@@ -122,29 +220,42 @@ def _prune_tokens(
     windows: torch.Tensor,
     run_rank: torch.Tensor,
     table: torch.Tensor,
+    rope: list[torch.Tensor],
+    source: torch.Tensor | None,
     width: int,
     most_merged: int,
     window: int,
     merge_method: str,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
+]:  # fmt: skip
     if backend == "triton":
-        from fastmmoe_kernels.prune.kernel import prune_tokens_triton as run
+        from fastmmoe_kernels.prune.kernel import prune_batch_triton as run
     else:
-        run = prune_tokens_reference
+        run = prune_batch_reference
     return run(
-        hidden, residual, importance, redundancy, windows, run_rank, table, width, most_merged, window, merge_method
-    )
+        hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
+        merge_method,
+    )  # fmt: skip
 
 
-@_prune_tokens.register_fake
-def _(hidden, residual, importance, redundancy, windows, run_rank, table, width, most_merged, window, merge_method,
-      backend):  # fmt: skip
+# as torch.library.custom_op does, without its 30 microseconds of Python in every call
+torch.library.define("fastmmoe::prune_batch", torch.library.infer_schema(_run, mutates_args=()))
+torch.library.impl("fastmmoe::prune_batch", "default", _run)
+_prune_batch = torch.ops.fastmmoe.prune_batch.default
+
+
+@torch.library.register_fake("fastmmoe::prune_batch")
+def _(hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
+      merge_method, backend):  # fmt: skip
     batch, _, features = hidden.shape
     return (
         hidden.new_empty(batch, width, features),
         residual.new_empty(batch, width, features),
         run_rank.new_empty(batch, width, dtype=torch.int64),
         run_rank.new_empty(batch, width, dtype=torch.bool),
+        run_rank.new_empty(batch, width, dtype=torch.bool),
         run_rank.new_empty(batch, width),
+        [angles.new_empty(batch, width, angles.shape[2]) for angles in rope],
     )

@@ -5,7 +5,7 @@ import torch
 from fastmmoe_kernels.redundancy.reference import window_head
 
 
-def prune_tokens_reference(
+def prune_batch_reference(
     hidden: torch.Tensor,  # [B, n, H]
     residual: torch.Tensor,  # [B, n, H]
     importance: torch.Tensor,  # [B, n]
@@ -13,11 +13,15 @@ def prune_tokens_reference(
     windows: torch.Tensor,  # [B]
     run_rank: torch.Tensor,  # [B, n]
     table: torch.Tensor,  # [5, B]: start, length, target, most_merged, new start
+    rope: list[torch.Tensor],  # cos and sin, each [B or 1, n, D], or nothing
+    source: torch.Tensor | None,  # [B, n]
     width: int,
     most_merged: int,
     window: int,
     merge_method: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
+]:  # fmt: skip
     n = run_rank.shape[1]
     start, length, target, most, new_start = table.long().unsqueeze(-1)  # each [B, 1]
     position = torch.arange(n, device=hidden.device)
@@ -26,43 +30,53 @@ def prune_tokens_reference(
 
     # merge: the windows with the largest redundancy
     count = torch.minimum(most, windows.unsqueeze(-1) - 1).clamp_min(0)  # [B, 1]
-    by_redundancy = redundancy.sort(dim=1, descending=True, stable=True).indices
-    is_merged_head = torch.zeros_like(vision).scatter_(1, by_redundancy, position < count)
+    is_merged_head, by_redundancy = _largest(redundancy, count)
     # keep: of the others, the most important tokens
     in_merged = vision & is_merged_head.gather(1, window_head(run_rank, window))
-    rest = torch.where(vision & ~in_merged, importance, float("-inf"))
-    by_importance = rest.sort(dim=1, descending=True, stable=True).indices
-    kept = torch.zeros_like(vision).scatter_(1, by_importance, position < target - count)
+    kept, _ = _largest(torch.where(vision & ~in_merged, importance, float("-inf")), target - count)
     survives = text | is_merged_head | kept
 
     # compact: where each survivor goes, and where each new token came from
     before = survives.cumsum(1) - survives.long()  # survivors in front of a token
     slot = torch.where(survives, new_start + before, width)  # the last column is scratch
-    index = torch.full((hidden.shape[0], width + 1), -1, device=hidden.device)
-    index = index.scatter_(1, slot, position.expand_as(slot))[:, :width].contiguous()
-    source = index.clamp_min(0)
-    merged = is_merged_head.gather(1, source) & (index >= 0)
+    origin = torch.full((hidden.shape[0], width + 1), -1, device=hidden.device)
+    origin = origin.scatter_(1, slot, position.expand_as(slot))[:, :width]
+    valid = origin >= 0
+    origin = origin.clamp_min(0)
+    index = torch.where(valid, origin if source is None else source.gather(1, origin), -1)
+    merged = is_merged_head.gather(1, origin) & valid
     run_start = (position - run_rank).clamp(0, max(n - 1, 0))
     new_rank = torch.where(vision, before - before.gather(1, run_start), -1)
-    new_rank = torch.where(index >= 0, new_rank.gather(1, source), -1).to(torch.int32)
+    new_rank = torch.where(valid, new_rank.gather(1, origin), -1).to(torch.int32)
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(valid.unsqueeze(-1), _rows(x, origin), 0)
 
     heads = by_redundancy[:, :most_merged]  # [B, M]
-    into = torch.where(position[:most_merged] < count, slot.gather(1, heads), width)
+    into = torch.where(is_merged_head.gather(1, heads), slot.gather(1, heads), width)
     offset = torch.arange(window, device=hidden.device)
     members = (heads.unsqueeze(-1) + offset).clamp_max(max(n - 1, 0))  # [B, M, W]
     expected_rank = run_rank.gather(1, heads).unsqueeze(-1) + offset
     is_member = run_rank.gather(1, members.flatten(1)).view_as(members) == expected_rank
 
     def shorten(x: torch.Tensor) -> torch.Tensor:
-        out = x.new_zeros(x.shape[0], width + 1, x.shape[2])
-        out[:, :width] = torch.where((index >= 0).unsqueeze(-1), _rows(x, source), 0)
+        out = torch.nn.functional.pad(move(x), (0, 0, 0, 1))  # the last row is scratch
         if most_merged:
             tokens = _rows(x, members.flatten(1)).view(*members.shape, -1)  # [B, M, W, H]
             merge = _mlerp if merge_method == "mlerp" else _mean
             out.scatter_(1, into.unsqueeze(-1).expand(-1, -1, x.shape[2]), merge(tokens.float(), is_member).to(x.dtype))
         return out[:, :width].contiguous()
 
-    return shorten(hidden), shorten(residual), index, merged, new_rank
+    tables = [move(angles.expand(hidden.shape[0], -1, -1)) for angles in rope]
+    return shorten(hidden), shorten(residual), index, merged, valid, new_rank, tables
+
+
+def _largest(keys: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of [B, n] are the `count` [B, 1] largest, ties to the earlier and -inf never; and the falling order."""
+    order = keys.sort(dim=1, descending=True, stable=True).indices
+    position = torch.arange(keys.shape[1], device=keys.device)
+    taken = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, order, position < count)
+    return taken & (keys != float("-inf")), order
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from fastmmoe_kernels.variant import KernelVariant
 
-BLOCK_N = 1024
+BLOCK_N = 2048
+NORMALIZE_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["n", "stride_batch"])
@@ -71,16 +72,16 @@ def window_redundancy_kernel(
         position = start + tl.arange(0, BLOCK_N)
         rank = tl.load(rank_ptr + row + position, mask=position < n, other=-1)
         is_head = (rank >= 0) & (rank % WINDOW == 0)
-        a = tl.load(attention_ptr + row + position, mask=is_head, other=float("-inf"))
-        most = tl.maximum(most, tl.max(a, axis=0))
+        a = tl.load(attention_ptr + row + position, mask=position < n, other=0.0)
+        most = tl.maximum(most, tl.max(tl.where(is_head, a, float("-inf")), axis=0))
         windows += tl.sum(is_head.to(tl.int32), axis=0)
     tl.store(windows_ptr + tl.program_id(0), windows)
     for start in range(0, n, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
         rank = tl.load(rank_ptr + row + position, mask=position < n, other=-1)
         is_head = (rank >= 0) & (rank % WINDOW == 0)
-        a = tl.load(attention_ptr + row + position, mask=is_head, other=0.0) / (most + 1e-10)
-        s = tl.load(similarity_ptr + row + position, mask=is_head, other=0.0)
+        a = tl.load(attention_ptr + row + position, mask=position < n, other=0.0) / (most + 1e-10)
+        s = tl.load(similarity_ptr + row + position, mask=position < n, other=0.0)
         if STRATEGY == "hybrid":
             c = alpha * s - (1.0 - alpha) * a
         elif STRATEGY == "routing_similarity":
@@ -123,7 +124,7 @@ def window_scores_triton(
     if batch:
         window_redundancy_kernel[(batch,)](
             run_rank, similarity, attention, redundancy, windows, n, alpha,
-            WINDOW=window, STRATEGY=strategy, BLOCK_N=BLOCK_N,
+            WINDOW=window, STRATEGY=strategy, BLOCK_N=BLOCK_N, num_warps=NORMALIZE_WARPS,
         )  # fmt: skip
     return similarity, attention, redundancy, windows
 
@@ -146,6 +147,7 @@ def aot_variants() -> list[KernelVariant]:
             {"rank_ptr": "*i32", "similarity_ptr": "*fp32", "attention_ptr": "*fp32", "redundancy_ptr": "*fp32",
              "windows_ptr": "*i32", "n": "i32", "alpha": "fp32"},
             {"WINDOW": 3, "STRATEGY": strategy, "BLOCK_N": BLOCK_N},
+            num_warps=NORMALIZE_WARPS,
         )
         for strategy in ("hybrid", "routing_similarity", "dynamic_attention")
     ]  # fmt: skip

@@ -1,4 +1,7 @@
-"""Modality-dependent top-K routing as one Triton kernel: a block of tokens per program, all experts in registers."""
+"""Modality-dependent top-K routing in Triton, from the logits or from the gate's input, in one kernel each.
+
+A program has a block of tokens and all experts, in registers. Both kernels share everything after the logits.
+"""
 
 import torch
 import triton
@@ -42,17 +45,17 @@ def _mask_groups(
     return tl.where(allowed != 0, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def topk_routing_kernel(
-    logits_ptr,  # [T, E]
-    vision_ptr,  # [T] or unused
-    bias_ptr,  # [E] or unused
-    ids_ptr,  # [T, K]
-    weights_ptr,  # [T, K]
-    probs_ptr,  # [T, E] or unused
-    num_tokens,
-    stride_token,
-    stride_expert,
+@triton.jit
+def _route(
+    z,  # [BT, BE], float32; anything in columns past E
+    row,  # [BT]
+    in_rows,  # [BT]
+    vision_ptr,
+    padding_ptr,
+    bias_ptr,
+    ids_ptr,
+    weights_ptr,
+    probs_ptr,
     scaling,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -60,6 +63,7 @@ def topk_routing_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -69,12 +73,8 @@ def topk_routing_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BT]
+    """From the logits of a block of tokens to their rows of the outputs."""
     expert = tl.arange(0, BLOCK_E)[None, :]  # [1, BE]
-    in_rows = row < num_tokens
-    inside = in_rows[:, None] & (expert < E)
-    z = tl.load(logits_ptr + row[:, None] * stride_token + expert * stride_expert, mask=inside, other=0.0)
-    z = z.to(tl.float32)
     if SIGMOID:
         probs = 1.0 / (1.0 + tl.exp(-z))
     else:
@@ -82,7 +82,7 @@ def topk_routing_kernel(
         exp = tl.exp(z - tl.max(z, axis=1)[:, None])
         probs = exp / tl.sum(exp, axis=1)[:, None]
     if STORE_PROBS:
-        tl.store(probs_ptr + row[:, None] * E + expert, probs, mask=inside)
+        tl.store(probs_ptr + row[:, None] * E + expert, probs, mask=in_rows[:, None] & (expert < E))
     scores = probs
     if HAS_BIAS:
         scores += tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
@@ -94,9 +94,10 @@ def topk_routing_kernel(
     ids = tl.full((BLOCK_T, BLOCK_K), E, tl.int32)
     weights = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for k in tl.static_range(K):
-        _, chosen = _best_first(scores, expert, BLOCK_E)  # [BT]
+        weight, chosen = _best_first(scores, expert, BLOCK_E)  # [BT]
         is_chosen = expert == chosen[:, None]
-        weight = tl.sum(tl.where(is_chosen, probs, 0.0), axis=1)
+        if HAS_BIAS:  # otherwise an expert's score is its probability
+            weight = tl.sum(tl.where(is_chosen, probs, 0.0), axis=1)
         scores = tl.where(is_chosen, float("-inf"), scores)
         ids = tl.where(slot == k, chosen[:, None], ids)
         weights = tl.where(slot == k, weight[:, None], weights)
@@ -113,10 +114,115 @@ def topk_routing_kernel(
     if NORMALIZE:
         weights /= tl.maximum(tl.sum(weights, axis=1), 1e-20)[:, None]
     weights *= scaling
+    if HAS_PADDING:
+        # last, and by selection: whatever a padding token's logits are, NaN too, its weights are 0
+        is_padding = (tl.load(padding_ptr + row, mask=in_rows, other=0) != 0)[:, None]
+        ids = tl.where(is_padding, E, ids)
+        weights = tl.where(is_padding, 0.0, weights)
 
     stored = in_rows[:, None] & (slot < K)
     tl.store(ids_ptr + row[:, None] * K + slot, ids, mask=stored)
     tl.store(weights_ptr + row[:, None] * K + slot, weights, mask=stored)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def topk_routing_kernel(
+    logits_ptr,  # [T, E]
+    vision_ptr,  # [T] or unused
+    padding_ptr,  # [T] or unused
+    bias_ptr,  # [E] or unused
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K]
+    probs_ptr,  # [T, E] or unused
+    num_tokens,
+    stride_token,
+    stride_expert,
+    scaling,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    K_VISION: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_PROBS: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BT]
+    expert = tl.arange(0, BLOCK_E)[None, :]  # [1, BE]
+    in_rows = row < num_tokens
+    inside = in_rows[:, None] & (expert < E)
+    z = tl.load(logits_ptr + row[:, None] * stride_token + expert * stride_expert, mask=inside, other=0.0)
+    _route(
+        z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr, scaling,
+        E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_PADDING, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP,
+        BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gate_routing_kernel(
+    hidden_ptr,  # [T, H]
+    weight_ptr,  # [E, H]
+    logits_ptr,  # [T, E]
+    vision_ptr,  # [T] or unused
+    padding_ptr,  # [T] or unused
+    bias_ptr,  # [E] or unused
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K]
+    probs_ptr,  # [T, E] or unused
+    num_tokens,
+    stride_token,
+    scaling,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    K_VISION: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_PROBS: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BT]
+    expert = tl.arange(0, BLOCK_E)  # [BE]
+    in_rows = row < num_tokens
+    inner = tl.arange(0, BLOCK_H)  # [BH]
+    # rows past the end read the last row again, and experts past E the last expert: no mask in the loop
+    x_ptrs = hidden_ptr + tl.minimum(row, num_tokens - 1)[:, None] * stride_token + inner[None, :]
+    read = tl.minimum(expert, E - 1) if E < BLOCK_E else expert
+    weight_ptrs = weight_ptr + read.to(tl.int64)[None, :] * H + inner[:, None]
+    z = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        if H % BLOCK_H:
+            x = tl.load(x_ptrs, mask=inner[None, :] < H - h, other=0.0)
+            weight = tl.load(weight_ptrs, mask=inner[:, None] < H - h, other=0.0)
+        else:
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
+        z = tl.dot(x, weight, z, input_precision="ieee")
+        x_ptrs += BLOCK_H
+        weight_ptrs += BLOCK_H
+    tl.store(logits_ptr + row[:, None] * E + expert[None, :], z, mask=in_rows[:, None] & (expert < E)[None, :])
+    _route(
+        z, row, in_rows, vision_ptr, padding_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr, scaling,
+        E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_PADDING, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP,
+        BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+    )  # fmt: skip
 
 
 def routing_blocks(num_experts: int, top_k: int, n_group: int) -> dict[str, int]:
@@ -130,9 +236,30 @@ def routing_blocks(num_experts: int, top_k: int, n_group: int) -> dict[str, int]
     }
 
 
+def gate_blocks(num_experts: int, top_k: int, n_group: int, has_bias: bool, itemsize: int) -> dict[str, int]:
+    """Block sizes, warps and stages: 64 tokens per program, which wgmma needs, as long as nothing spills.
+
+    Every program reads all weights, so that fewer tokens would not make it much faster, only more programs. The same on
+    all targets: three stages fit the 64 KiB of gfx942 up to 512 experts.
+    """
+    block_e = max(16, triton.next_power_of_2(num_experts))  # tl.dot takes 16 columns or more
+    # with a bias, scores and probabilities are in registers at once; float32 has no tensor cores at full precision
+    scores = 4096 if itemsize == 4 else 8192 if has_bias else 16384
+    return {
+        "BLOCK_T": min(64, max(16, scores // block_e)),
+        "BLOCK_H": max(16, min(32 if itemsize == 4 else 64, 8192 // block_e)),
+        "BLOCK_E": block_e,
+        "BLOCK_G": triton.next_power_of_2(n_group),
+        "BLOCK_K": triton.next_power_of_2(top_k),
+        "num_warps": 8 if block_e > 64 else 4,
+        "num_stages": 2 if itemsize == 4 else 3,
+    }
+
+
 def topk_routing_triton(
     logits: torch.Tensor,  # [T, E]
     vision_mask: torch.Tensor | None,  # [T]
+    padding_mask: torch.Tensor | None,  # [T]
     correction_bias: torch.Tensor | None,  # [E]
     top_k: int,
     vision_top_k: int,
@@ -145,69 +272,151 @@ def topk_routing_triton(
     return_probs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_tokens, num_experts = logits.shape
+    outputs, arguments = _outputs_and_arguments(
+        logits, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob, n_group,
+        topk_group, routed_scaling_factor, renormalize, return_probs,
+    )  # fmt: skip
+    if num_tokens > 0:
+        blocks = routing_blocks(num_experts, top_k, n_group)
+        topk_routing_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
+            stride_token=logits.stride(0), stride_expert=logits.stride(1), **arguments, **blocks
+        )
+    return outputs
+
+
+def gate_routing_triton(
+    hidden: torch.Tensor,  # [T, H]
+    weight: torch.Tensor,  # [E, H]
+    vision_mask: torch.Tensor | None,  # [T]
+    padding_mask: torch.Tensor | None,  # [T]
+    correction_bias: torch.Tensor | None,  # [E]
+    top_k: int,
+    vision_top_k: int,
+    scoring: str,
+    norm_topk_prob: bool,
+    n_group: int,
+    topk_group: int,
+    routed_scaling_factor: float,
+    renormalize: bool,
+    return_probs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    (num_tokens, width), num_experts = hidden.shape, weight.shape[0]
+    logits = hidden.new_empty(num_tokens, num_experts, dtype=torch.float32)
+    outputs, arguments = _outputs_and_arguments(
+        logits, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob, n_group,
+        topk_group, routed_scaling_factor, renormalize, return_probs,
+    )  # fmt: skip
+    if num_tokens > 0:
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        blocks = gate_blocks(num_experts, top_k, n_group, correction_bias is not None, hidden.itemsize)
+        gate_routing_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
+            hidden, weight.contiguous(), stride_token=hidden.stride(0), H=width, **arguments, **blocks
+        )
+    return logits, *outputs
+
+
+def _outputs_and_arguments(
+    logits: torch.Tensor,  # [T, E]
+    vision_mask: torch.Tensor | None,  # [T]
+    padding_mask: torch.Tensor | None,  # [T]
+    correction_bias: torch.Tensor | None,  # [E]
+    top_k: int,
+    vision_top_k: int,
+    scoring: str,
+    norm_topk_prob: bool,
+    n_group: int,
+    topk_group: int,
+    routed_scaling_factor: float,
+    renormalize: bool,
+    return_probs: bool,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict]:
+    """Empty ids, weights and probs, and the arguments that both kernels take."""
+    num_tokens, num_experts = logits.shape
     ids = logits.new_empty(num_tokens, top_k, dtype=torch.int32)
     weights = logits.new_empty(num_tokens, top_k, dtype=torch.float32)
     probs = logits.new_empty((num_tokens, num_experts) if return_probs else 0, dtype=torch.float32)
-    if num_tokens == 0:
-        return ids, weights, probs
-    blocks = routing_blocks(num_experts, top_k, n_group)
-    topk_routing_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
-        logits,
-        vision_mask.contiguous() if vision_mask is not None else logits,
-        correction_bias.contiguous() if correction_bias is not None else logits,
-        ids,
-        weights,
-        probs,
-        num_tokens,
-        logits.stride(0),
-        logits.stride(1),
-        routed_scaling_factor,
-        E=num_experts,
-        K=top_k,
-        K_VISION=vision_top_k if vision_mask is not None else top_k,
-        SIGMOID=scoring == "sigmoid",
-        NORMALIZE=norm_topk_prob,
-        RENORMALIZE=renormalize,
-        HAS_BIAS=correction_bias is not None,
-        STORE_PROBS=return_probs,
-        N_GROUP=n_group,
-        TOPK_GROUP=topk_group,
-        **blocks,
-    )
-    return ids, weights, probs
+    arguments = {
+        "logits_ptr": logits,
+        "vision_ptr": vision_mask.contiguous() if vision_mask is not None else logits,
+        "padding_ptr": padding_mask.contiguous() if padding_mask is not None else logits,
+        "bias_ptr": correction_bias.contiguous() if correction_bias is not None else logits,
+        "ids_ptr": ids,
+        "weights_ptr": weights,
+        "probs_ptr": probs,
+        "num_tokens": num_tokens,
+        "scaling": routed_scaling_factor,
+        "E": num_experts,
+        "K": top_k,
+        "K_VISION": vision_top_k if vision_mask is not None else top_k,
+        "SIGMOID": scoring == "sigmoid",
+        "NORMALIZE": norm_topk_prob,
+        "RENORMALIZE": renormalize,
+        "HAS_PADDING": padding_mask is not None,
+        "HAS_BIAS": correction_bias is not None,
+        "STORE_PROBS": return_probs,
+        "N_GROUP": n_group,
+        "TOPK_GROUP": topk_group,
+    }
+    return (ids, weights, probs), arguments
 
 
 def aot_variants() -> list[KernelVariant]:
     """Every shipped configuration, for `python -m fastmmoe_kernels.aot`."""
-    # experts, top k, sigmoid, normalise, bias, groups, groups chosen: Qwen3-MoE (InternVL3.5, Qwen3-VL), DeepSeek-VL2
-    # Small and Base, and the group-limited gate of DeepSeek-V3
+    # experts, H, top k, sigmoid, normalise, bias, groups, groups chosen: Qwen3-MoE (InternVL3.5, Qwen3-VL),
+    # DeepSeek-VL2 Small and Base, and the group-limited gate of DeepSeek-V3
     gates = [
-        (128, 8, False, True, False, 1, 1),
-        (64, 6, False, False, False, 1, 1),
-        (72, 6, True, True, True, 1, 1),
-        (256, 8, True, True, True, 8, 4),
+        (128, 2048, 8, False, True, False, 1, 1),
+        (64, 2048, 6, False, False, False, 1, 1),
+        (72, 2560, 6, True, True, True, 1, 1),
+        (256, 7168, 8, True, True, True, 8, 4),
     ]
-    launches = [  # type of the logits, whether vision tokens are reduced, whether probabilities are stored
-        ("*fp32", False, False),
-        ("*fp32", True, False),
-        ("*fp32", True, True),
-        ("*bf16", True, False),
-        ("*fp16", True, False),
+    launches = [  # kernel, type of its input, whether vision tokens are reduced, padding, whether probs are stored
+        (topk_routing_kernel, "*fp32", False, False, False),
+        (topk_routing_kernel, "*fp32", True, False, False),
+        (topk_routing_kernel, "*fp32", True, False, True),
+        (topk_routing_kernel, "*fp32", True, True, True),
+        (topk_routing_kernel, "*bf16", True, False, False),
+        (topk_routing_kernel, "*fp16", True, False, False),
+        (gate_routing_kernel, "*bf16", True, False, False),
+        (gate_routing_kernel, "*bf16", True, False, True),
+        (gate_routing_kernel, "*bf16", True, True, False),
+        (gate_routing_kernel, "*bf16", True, True, True),
+        (gate_routing_kernel, "*fp16", True, True, True),
+        (gate_routing_kernel, "*fp32", True, True, True),
     ]
-    return [
-        KernelVariant(
-            topk_routing_kernel,
-            {"logits_ptr": dtype, "vision_ptr": "*u1" if reduced else dtype, "bias_ptr": "*fp32" if bias else dtype,
-             "ids_ptr": "*i32", "weights_ptr": "*fp32", "probs_ptr": "*fp32", "num_tokens": "i32",
-             "stride_token": "i32", "scaling": "fp32"},
-            {"stride_expert": 1, "E": experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k,
-             "SIGMOID": sigmoid, "NORMALIZE": normalize, "RENORMALIZE": True, "HAS_BIAS": bias,
-             "STORE_PROBS": store_probs, "N_GROUP": n_group, "TOPK_GROUP": topk_group,
-             **routing_blocks(experts, top_k, n_group)},
-            unaligned=("stride_token",) if experts % 16 else (),
-        )
-        for experts, top_k, sigmoid, normalize, bias, n_group, topk_group in gates
-        for dtype, reduced, store_probs in launches
-        # groups compile slowly, and differ from the other gates in nothing else
-        if n_group == 1 or store_probs
-    ]  # fmt: skip
+    variants = []
+    for experts, width, top_k, sigmoid, normalize, bias, n_group, topk_group in gates:
+        for kernel, dtype, reduced, padding, store_probs in launches:
+            # groups compile slowly, and differ from the other gates in nothing else
+            if n_group > 1 and not store_probs:
+                continue
+            from_hidden = kernel is gate_routing_kernel
+            logits = "*fp32" if from_hidden else dtype
+            signature = {
+                "logits_ptr": logits, "vision_ptr": "*u1" if reduced else logits,
+                "padding_ptr": "*u1" if padding else logits, "bias_ptr": "*fp32" if bias else logits,
+                "ids_ptr": "*i32", "weights_ptr": "*fp32", "probs_ptr": "*fp32", "num_tokens": "i32",
+                "stride_token": "i32", "scaling": "fp32",
+            }  # fmt: skip
+            constants = {
+                "E": experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k, "SIGMOID": sigmoid,
+                "NORMALIZE": normalize, "RENORMALIZE": True, "HAS_PADDING": padding, "HAS_BIAS": bias,
+                "STORE_PROBS": store_probs, "N_GROUP": n_group, "TOPK_GROUP": topk_group,
+            }  # fmt: skip
+            if from_hidden:
+                blocks = gate_blocks(experts, top_k, n_group, bias, 4 if dtype == "*fp32" else 2)
+                variant = KernelVariant(
+                    kernel,
+                    {"hidden_ptr": dtype, "weight_ptr": dtype} | signature,
+                    constants | {"H": width} | {name: size for name, size in blocks.items() if name.isupper()},
+                    num_warps=blocks["num_warps"],
+                    num_stages=blocks["num_stages"],
+                    # wgmma multiplies 64 rows or more
+                    is_gemm=blocks["BLOCK_T"] >= 64,
+                )
+            else:
+                constants |= {"stride_expert": 1} | routing_blocks(experts, top_k, n_group)
+                unaligned = ("stride_token",) if experts % 16 else ()
+                variant = KernelVariant(kernel, signature, constants, unaligned=unaligned)
+            variants.append(variant)
+    return variants

@@ -1,11 +1,13 @@
 """Modality-dependent top-K routing in PyTorch: the definition, and the CPU path."""
 
 import torch
+import torch.nn.functional as F
 
 
 def topk_routing_reference(
     logits: torch.Tensor,  # [T, E]
     vision_mask: torch.Tensor | None,  # [T]
+    padding_mask: torch.Tensor | None,  # [T]
     correction_bias: torch.Tensor | None,  # [E]
     top_k: int,
     vision_top_k: int,
@@ -41,7 +43,22 @@ def topk_routing_reference(
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
     weights = weights * routed_scaling_factor
+    if padding_mask is not None:
+        ids = ids.masked_fill(padding_mask.unsqueeze(1), num_experts)
+        weights = weights.masked_fill(padding_mask.unsqueeze(1), 0.0)
     return ids.to(torch.int32), weights, probs if return_probs else probs.new_empty(0)
+
+
+def gate_routing_reference(
+    hidden: torch.Tensor,  # [T, H]
+    weight: torch.Tensor,  # [E, H]
+    *arguments,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gate's logits, and `topk_routing_reference` of them with the other `arguments`."""
+    # autocast would round the logits
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.float(), weight.float())  # [T, E]
+    return logits, *topk_routing_reference(logits, *arguments)
 
 
 def _topk_lowest_id_first(scores: torch.Tensor, k: int) -> torch.Tensor:

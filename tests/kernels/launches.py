@@ -66,6 +66,12 @@ def route(num_tokens, experts=128, top_k=8, dtype=torch.bfloat16, **options):
     return launched(fk.topk_routing, logits, top_k, vision_mask=ones(num_tokens), vision_top_k=top_k // 2, **options)
 
 
+def gate(num_tokens, experts=128, top_k=8, width=2048, dtype=torch.bfloat16, padded=False, **options):
+    hidden, weight = torch.empty(num_tokens, width, dtype=dtype), torch.empty(experts, width, dtype=dtype)
+    masks = dict(vision_mask=ones(num_tokens), padding_mask=ones(num_tokens) if padded else None)
+    return launched(fk.gate_routing, hidden, weight, top_k, vision_top_k=top_k // 2, **masks, **options)
+
+
 def attend(num_keys, heads=32, kv_heads=4, head_dim=128, batch=1, dtype=torch.bfloat16, tokens_first=False):
     query = torch.empty(batch, heads, num_keys, head_dim, dtype=dtype)[:, :, -1]
     key = torch.empty(batch, kv_heads, num_keys, head_dim, dtype=dtype)
@@ -74,14 +80,24 @@ def attend(num_keys, heads=32, kv_heads=4, head_dim=128, batch=1, dtype=torch.bf
     return launched(fk.last_query_attention, query, key, scale=0.1, key_mask=ones(batch, num_keys))
 
 
-def prune(num_tokens, experts=128, features=2048, batch=1, dtype=torch.bfloat16):
+def prune(num_tokens, experts=128, features=2048, angles=128, batch=1, dtype=torch.bfloat16):
+    """By itself, and as the first and as a later stage of a prefill."""
     hidden = torch.empty(batch, num_tokens, features, dtype=dtype)
     probs, importance = torch.empty(batch, num_tokens, experts), torch.empty(batch, num_tokens)
     layout = fk.VisionLayout.from_mask(ones(batch, num_tokens))
-    return launched(
-        fk.prune_tokens, hidden, hidden, probs, importance, layout, keep_ratio=0.79, merge_ratio=0.025, window=3,
-        alpha=0.5, strategy="hybrid", merge_method="mlerp",
-    )  # fmt: skip
+    rope = (torch.empty(1, num_tokens, angles, dtype=dtype),) * 2
+    source = torch.empty(batch, num_tokens, dtype=torch.int64)
+    stages = (
+        (fk.prune_tokens, {}),
+        (fk.prune_batch, dict(rope=rope)),
+        (fk.prune_batch, dict(rope=rope, source=source)),
+    )
+    settings = dict(keep_ratio=0.79, merge_ratio=0.025, window=3, alpha=0.5, strategy="hybrid", merge_method="mlerp")
+    return [
+        launch
+        for op, extra in stages
+        for launch in launched(op, hidden, hidden, probs, importance, layout, **settings, **extra)
+    ]
 
 
 def run_experts(num_tokens, experts=128, top_k=8, width=2048, intermediate=768, dtype=torch.bfloat16):
@@ -108,6 +124,8 @@ def main():
         "lengths": {
             "routing": [route(n) for n in lengths],
             "routing, 72 experts": [route(n, 72, 6) for n in lengths],
+            "gate": [gate(n) for n in lengths],
+            "gate, padding": [gate(n, 72, 6, 2560, padded=True) for n in lengths],
             "attention": [attend(n) for n in lengths],
             "attention, batch": [attend(n, batch=3) for n in lengths],
             "attention, tokens first": [attend(n, tokens_first=True) for n in lengths],
@@ -120,16 +138,18 @@ def main():
         },
         "models": {
             "InternVL3.5-30B-A3B": [
-                *route(1892), *attend(1892), *attend(1892, batch=2), *prune(1892), *prune(1892, batch=2),
+                *route(1892), *gate(1892), *gate(1892, padded=True), *gate(1892, padded=True, return_probs=True),
+                *attend(1892), *attend(1892, batch=2), *prune(1892), *prune(1892, batch=2),
                 *run_experts(1892), *run_experts(16384),
             ],
             "DeepSeek-VL2 Small": [
                 *route(1500, 64, 6, dtype=torch.float32, norm_topk_prob=False), *attend(1500, 16, 16, 192),
-                *prune(1500, 64),
+                *gate(1500, 64, 6, norm_topk_prob=False, return_probs=True), *prune(1500, 64, angles=64),
             ],
             "DeepSeek-VL2": [
                 *route(1500, 72, 6, dtype=torch.float32, scoring="sigmoid", correction_bias=torch.empty(72)),
-                *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536), *prune(1500, 72, 2560),
+                *gate(1500, 72, 6, 2560, padded=True, scoring="sigmoid", correction_bias=torch.empty(72)),
+                *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536), *prune(1500, 72, 2560, 64),
             ],
         },
     }  # fmt: skip

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("launches.py")
-LENGTHS = ["routing", "routing, 72 experts", "attention", "attention, batch", "attention, tokens first",
-           "attention, odd head", "prune", "prune, batch", "experts"]  # fmt: skip
+LENGTHS = ["routing", "routing, 72 experts", "gate", "gate, padding", "attention", "attention, batch",
+           "attention, tokens first", "attention, odd head", "prune", "prune, batch", "experts"]  # fmt: skip
 MODELS = ["InternVL3.5-30B-A3B", "DeepSeek-VL2 Small", "DeepSeek-VL2"]
 
 

@@ -1,59 +1,96 @@
-"""Modality-dependent routing: torch backend and Triton against the float64 reference."""
+"""Modality-dependent routing, from logits and from the gate's input: both backends against the float64 reference."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmmoe_kernels import topk_routing
-from fastmmoe_kernels.routing import _topk_routing
+from fastmmoe_kernels import gate_routing, topk_routing
+from fastmmoe_kernels.routing import _gate_routing, _topk_routing
 
 BACKENDS = ("torch", "triton")
 # closer scores than this may be told apart in float64 and not in float32
 MARGIN = 3e-6
+# how far a gate's logits, of unit scale, may be from float64 ones: on tensor cores as well, with H of thousands
+LOGIT_ERROR = 5e-5 if HAS_GPU else 2e-6
 
 
 @dataclass
 class Case:
     """Arguments of `topk_routing`."""
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     top_k: int
     vision_mask: torch.Tensor | None = None
     correction_bias: torch.Tensor | None = None
     options: dict = field(default_factory=dict)
+    padding_mask: torch.Tensor | None = None
 
     def run(self, backend, **more):
-        mask, bias = (None if t is None else t.to(DEVICE) for t in (self.vision_mask, self.correction_bias))
-        return topk_routing(
-            self.logits.to(DEVICE), self.top_k, vision_mask=mask, correction_bias=bias, backend=backend,
-            **self.options, **more,
-        )  # fmt: skip
+        tensors = {key: None if t is None else t.to(DEVICE) for key, t in self.tensors().items()}
+        return self.op(backend, top_k=self.top_k, **tensors, **self.options, **more)
+
+    def op(self, backend, **arguments):
+        return topk_routing(self.logits.to(DEVICE), backend=backend, **arguments)
 
     def expected(self) -> oracle.Routing:
-        mask, bias = (None if t is None else t.double().numpy() for t in (self.vision_mask, self.correction_bias))
-        logits = self.logits.double().numpy()
-        return oracle.route(logits, self.top_k, vision_mask=mask, correction_bias=bias, **self.options)
+        tensors = {key: None if t is None else t.double().numpy() for key, t in self.tensors().items()}
+        return oracle.route(self.expected_logits(), self.top_k, **tensors, **self.options)
+
+    def expected_logits(self):
+        return self.logits.double().numpy()
+
+    def tensors(self):
+        return {name: getattr(self, name) for name in ("vision_mask", "padding_mask", "correction_bias")}
+
+
+@dataclass
+class GateCase(Case):
+    """Arguments of `gate_routing`: instead of the logits, what they come from."""
+
+    hidden: torch.Tensor = None
+    weight: torch.Tensor = None
+
+    def op(self, backend, **arguments):
+        return gate_routing(self.hidden.to(DEVICE), self.weight.to(DEVICE), backend=backend, **arguments)
+
+    def expected_logits(self):
+        return oracle.gate_logits(self.hidden.double().numpy(), self.weight.double().numpy())
 
 
 def check(case, backend, *, ties=False):
     """Compare with the reference; with `ties`, equal scores are equal in float32 too and no token is left out."""
     got, want = case.run(backend, return_probs=True), case.expected()
-    (num_tokens, num_experts), top_k = case.logits.shape, case.top_k
+    (num_tokens, num_experts), top_k = want.probs.shape, case.top_k
+    error = 0.0
+    if isinstance(case, GateCase):
+        assert got.logits.dtype == torch.float32 and got.logits.shape == (num_tokens, num_experts)
+        error = 0.0 if ties else LOGIT_ERROR
+        np.testing.assert_allclose(got.logits.cpu().numpy(), case.expected_logits(), rtol=0, atol=error)
     assert got.ids.dtype == torch.int32 and got.ids.shape == (num_tokens, top_k)
     assert got.weights.dtype == torch.float32 and got.weights.shape == (num_tokens, top_k)
     assert got.probs.dtype == torch.float32 and got.probs.shape == (num_tokens, num_experts)
-    np.testing.assert_allclose(got.probs.cpu().numpy(), want.probs, rtol=1e-5, atol=1e-30)
+    # p changes by a factor of at most 1 + 2 error, and so does a sum of p, by which a weight is divided
+    rtol = 1e-5 + 4 * error
+    np.testing.assert_allclose(got.probs.cpu().numpy(), want.probs, rtol=rtol, atol=1e-30)
     gap = np.minimum(np.minimum(want.score_gap, want.group_gap), want.order_gap)
-    clear = np.full(num_tokens, True) if ties else gap > MARGIN
+    # p changes by at most error / 2, and two of them are compared, or two sums of two
+    clear = np.full(num_tokens, True) if ties else gap > MARGIN + 2 * error
     np.testing.assert_array_equal(got.ids.cpu().numpy()[clear], want.ids[clear])
-    np.testing.assert_allclose(got.weights.cpu().numpy()[clear], want.weights[clear], rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(got.weights.cpu().numpy()[clear], want.weights[clear], rtol=rtol, atol=1e-30)
     return clear
+
+
+def make_gate(seed, num_tokens, num_experts, width, dtype=torch.float32, **fields):
+    """Tokens and weights whose logits are at unit scale."""
+    hidden = make_logits(seed, num_tokens, width, dtype)
+    weight = (make_logits(seed + 1, num_experts, width) / width**0.5).to(dtype)
+    return GateCase(None, hidden=hidden, weight=weight, **fields)
 
 
 def make_logits(seed, num_tokens, num_experts, dtype=torch.float32):
@@ -65,7 +102,9 @@ def make_mask(seed, num_tokens, share):
 
 
 def strided(logits, how):
-    """The same logits in another layout."""
+    """The same matrix in another layout."""
+    if how == "rows":
+        return torch.cat((logits, torch.full_like(logits[:, :1], torch.nan)), 1)[:, :-1]
     if how == "columns":
         return torch.stack((logits, torch.full_like(logits, torch.nan)), -1).flatten(1)[:, ::2]
     return logits.t().contiguous().t() if how == "transposed" else logits
@@ -95,7 +134,27 @@ def cases(draw):
     if draw(st.booleans()):
         case.vision_mask = make_mask(seed + 2, num_tokens, draw(st.sampled_from([0.0, 0.5, 1.0])))
         case.options["vision_top_k"] = draw(st.integers(1, top_k))
+    if draw(st.booleans()):
+        case.padding_mask = make_mask(seed + 3, num_tokens, draw(st.sampled_from([0.0, 0.5, 1.0])))
     return case
+
+
+@st.composite
+def gate_cases(draw, dtypes):
+    """The cases above, their logits replaced; 70 tokens are more than one program of the gate's kernel."""
+    case, seed = draw(cases()), draw(st.integers(0, 2**31))
+    num_tokens, num_experts = case.logits.shape
+    if num_tokens == 19 and draw(st.booleans()):
+        num_tokens = 70
+        for name in ("vision_mask", "padding_mask"):
+            if getattr(case, name) is not None:
+                setattr(case, name, getattr(case, name).repeat(4)[:70])
+    # 64 is one block of the sum; 96 one and a half for 16-bit types and three for float32
+    width, dtype = draw(st.sampled_from([1, 7, 64, 96])), draw(st.sampled_from(dtypes))
+    gate = make_gate(seed, num_tokens, num_experts, width, dtype, top_k=case.top_k, options=case.options,
+                     **case.tensors())  # fmt: skip
+    layout = draw(st.sampled_from(["contiguous", "rows", "columns", "transposed"]))
+    return replace(gate, hidden=strided(gate.hidden, layout), weight=strided(gate.weight, layout))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,6 +162,15 @@ def cases(draw):
 @given(cases())
 def test_equals_reference(backend, case):
     check(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_gate_equals_reference(backend, data):
+    # the interpreter cannot multiply bfloat16
+    bfloat16 = () if backend == "triton" and not HAS_GPU else (torch.bfloat16,)
+    check(data.draw(gate_cases([torch.float32, torch.float16, *bfloat16])), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -117,22 +185,45 @@ def test_vision_tokens(backend, share, vision_top_k, renormalize, norm_topk_prob
     assert check(case, backend).mean() > 0.95
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm_topk_prob", [True, False], ids=["normalize", "raw"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["no-padding", "some-padding", "all-padding"])
+def test_padding_activates_no_expert(backend, share, norm_topk_prob):
+    """Padding is text or vision, and may hold NaN, which reaches nobody."""
+    case = make_gate(25, 70, 8, 12, top_k=4, vision_mask=make_mask(26, 70, 0.5), padding_mask=make_mask(27, 70, share),
+                     options=dict(vision_top_k=2, norm_topk_prob=norm_topk_prob))  # fmt: skip
+    want, padding = case.expected(), case.padding_mask.numpy()
+    assert (want.ids[padding] == 8).all() and (want.weights[padding] == 0).all()
+    assert (want.ids[~padding, 0] < 8).all()
+    check(case, backend)
+    poisoned = replace(case, hidden=case.hidden.masked_fill(case.padding_mask.unsqueeze(1), torch.nan))
+    gate = poisoned.run(backend)
+    logits = Case(gate.logits, 4, case.vision_mask, options=case.options, padding_mask=case.padding_mask)
+    for got in (gate, logits.run(backend)):
+        np.testing.assert_array_equal(got.ids.cpu().numpy(), want.ids)
+        np.testing.assert_allclose(got.weights.cpu().numpy(), want.weights, rtol=1e-5 + 4 * LOGIT_ERROR)
+
+
+MODELS = [
+    (128, 8, dict(vision_top_k=4), False),  # InternVL3.5-30B-A3B
+    (64, 6, dict(vision_top_k=3, norm_topk_prob=False), False),  # DeepSeek-VL2 Small
+    (72, 6, dict(vision_top_k=3, scoring="sigmoid", routed_scaling_factor=2.0), True),  # DeepSeek-VL2
+    (256, 8, dict(vision_top_k=4, scoring="sigmoid", n_group=8, topk_group=4), True),  # group-limited, with bias
+    (160, 6, dict(vision_top_k=3, n_group=8, topk_group=3, norm_topk_prob=False), False),  # and without
+]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("num_experts", "top_k", "options", "with_bias"),
-    [
-        (128, 8, dict(vision_top_k=4), False),  # InternVL3.5-30B-A3B
-        (64, 6, dict(vision_top_k=3, norm_topk_prob=False), False),  # DeepSeek-VL2 Small
-        (72, 6, dict(vision_top_k=3, scoring="sigmoid", routed_scaling_factor=2.0), True),  # DeepSeek-VL2
-        (256, 8, dict(vision_top_k=4, scoring="sigmoid", n_group=8, topk_group=4), True),  # group-limited, with bias
-        (160, 6, dict(vision_top_k=3, n_group=8, topk_group=3, norm_topk_prob=False), False),  # and without
-    ],
-    ids=lambda v: f"{v}" if isinstance(v, int) else None,
+    ("num_experts", "top_k", "options", "with_bias"), MODELS, ids=lambda v: f"{v}" if isinstance(v, int) else None
 )
 def test_gates_of_models(backend, num_experts, top_k, options, with_bias):
     bias = 0.1 * make_logits(5, 1, num_experts)[0] if with_bias else None
     case = Case(make_logits(6, 33, num_experts), top_k, make_mask(7, 33, 0.8), bias, options)
     assert check(case, backend).mean() > 0.95
+    gate = make_gate(6, 33, num_experts, 80, torch.float16, top_k=top_k, options=options, **case.tensors())
+    assert check(gate, backend).mean() > 0.85
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,6 +236,38 @@ def test_ties_go_to_the_lower_id(backend, scoring, n_group):
     case = Case(logits, 5, make_mask(9, 50, 0.5), options=options)
     assert (case.expected().score_gap == 0).any() and (n_group == 1 or (case.expected().group_gap == 0).any())
     check(case, backend, ties=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("n_group", [1, 3])
+def test_ties_of_the_gate_go_to_the_lower_id(backend, dtype, scoring, n_group):
+    """Integers add up to the same logits in any order: they are compared bit by bit, and all tokens are."""
+    rng = torch.Generator().manual_seed(28)
+    hidden = torch.zeros(70, 96)
+    hidden[:, ::24] = torch.randint(-1, 2, (70, 4), generator=rng).float()
+    weight = torch.randint(-1, 2, (12, 96), generator=rng).float()
+    options = dict(scoring=scoring, vision_top_k=2, n_group=n_group, topk_group=min(2, n_group))
+    case = GateCase(None, 4, make_mask(29, 70, 0.5), options=options, padding_mask=make_mask(30, 70, 0.1),
+                    hidden=hidden.to(dtype), weight=weight.to(dtype))  # fmt: skip
+    assert (case.expected().score_gap == 0).any() and (n_group == 1 or (case.expected().group_gap == 0).any())
+    check(case, backend, ties=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gate_does_not_round_logits(backend, dtype):
+    """Experts whose logits differ by less than a 16-bit type resolves, at 256: the higher wins, under autocast too."""
+    if backend == "triton" and not HAS_GPU and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cannot multiply bfloat16")
+    weight = torch.ones(4, 257)
+    weight[:, 256] = torch.tensor([0.0, 0.0625, 0.03125, 0.015625])
+    case = GateCase(None, 2, hidden=torch.ones(3, 257, dtype=dtype), weight=weight.to(dtype))
+    with torch.autocast(DEVICE.type, dtype):
+        got = case.run(backend)
+    assert got.logits.tolist() == [[256.0, 256.0625, 256.03125, 256.015625]] * 3
+    assert got.ids.tolist() == [[1, 2]] * 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,6 +297,8 @@ def test_no_tokens(backend):
         backend, return_probs=True
     )
     assert out.ids.shape == out.weights.shape == (0, 2) and out.probs.shape == (0, 6)
+    out = gate_routing(torch.empty(0, 5, device=DEVICE), torch.ones(6, 5, device=DEVICE), 2, backend=backend)
+    assert out.ids.shape == out.weights.shape == (0, 2) and out.logits.shape == (0, 6) and out.probs is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -185,28 +310,43 @@ def test_permuting_tokens_permutes_the_output_bitwise(backend):
         assert torch.equal(a[order.to(DEVICE)], b)
 
 
+def test_permuting_tokens_permutes_the_output_of_the_gate_kernel_bitwise():
+    """The torch backend's matrix product promises no such thing."""
+    case = make_gate(31, 70, 12, 48, top_k=4, vision_mask=make_mask(32, 70, 0.5), options=dict(vision_top_k=2))
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(33))
+    permuted = replace(case, hidden=case.hidden[order], vision_mask=case.vision_mask[order])
+    for a, b in zip(case.run("triton", return_probs=True), permuted.run("triton", return_probs=True), strict=True):
+        assert torch.equal(a[order.to(DEVICE)], b)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_bitwise(backend):
     case = Case(make_logits(13, 40, 72), 6, make_mask(14, 40, 0.5), options=dict(vision_top_k=3))
-    for a, b in zip(case.run(backend, return_probs=True), case.run(backend, return_probs=True), strict=True):
-        assert torch.equal(a, b)
+    gate = make_gate(13, 40, 72, 48, top_k=6, options=case.options, **case.tensors())
+    for op in (case, gate):
+        for a, b in zip(op.run(backend, return_probs=True), op.run(backend, return_probs=True), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("return_probs", [True, False], ids=["probs", "no-probs"])
-def test_custom_op(backend, with_bias, return_probs):
+@pytest.mark.parametrize("with_padding", [True, False], ids=["padding", "no-padding"])
+def test_custom_op(backend, with_bias, return_probs, with_padding):
     logits, mask = make_logits(15, 9, 6).to(DEVICE), make_mask(16, 9, 0.5).to(DEVICE)
+    padding = make_mask(34, 9, 0.5).to(DEVICE) if with_padding else None
     bias = make_logits(17, 1, 6)[0].to(DEVICE) if with_bias else None
-    arguments = (logits, mask, bias, 3, 2, "softmax", True, 2, 1, 1.5, True, return_probs, backend)
-    torch.library.opcheck(_topk_routing, arguments)
+    arguments = (mask, padding, bias, 3, 2, "softmax", True, 2, 1, 1.5, True, return_probs, backend)
+    torch.library.opcheck(_topk_routing, (logits, *arguments))
+    hidden, weight = make_logits(35, 9, 5).to(DEVICE), make_logits(36, 6, 5).to(DEVICE)
+    torch.library.opcheck(_gate_routing, (hidden, weight, *arguments))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend):
     def route(logits, mask):
-        out = topk_routing(logits, 3, vision_mask=mask, vision_top_k=2, return_probs=True, backend=backend)
-        return out.ids, out.weights, out.probs
+        options = dict(vision_mask=mask, vision_top_k=2, padding_mask=~mask, return_probs=True, backend=backend)
+        return *topk_routing(logits, 3, **options), *gate_routing(logits, logits, 3, **options)
 
     inputs = make_logits(18, 9, 6).to(DEVICE), make_mask(19, 9, 0.5).to(DEVICE)
     compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
@@ -231,6 +371,9 @@ MASK = torch.zeros(5, dtype=torch.bool)
         (dict(vision_mask=MASK.float()), TypeError, "vision_mask"),
         (dict(vision_mask=MASK[:4]), ValueError, "vision_mask"),
         (dict(vision_mask=MASK.to("meta")), ValueError, "vision_mask"),
+        (dict(padding_mask=MASK.float()), TypeError, "padding_mask"),
+        (dict(padding_mask=MASK[:4]), ValueError, "padding_mask"),
+        (dict(padding_mask=MASK.to("meta")), ValueError, "padding_mask"),
         (dict(vision_mask=MASK, vision_top_k=3), ValueError, "vision_top_k"),
         (dict(vision_mask=MASK, vision_top_k=0), ValueError, "vision_top_k"),
         (dict(vision_top_k=1), ValueError, "vision_mask"),
@@ -256,6 +399,30 @@ def test_bad_input_names_the_argument(wrong, error, name):
         topk_routing(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "name"),
+    [
+        (dict(hidden=[[1.0]]), TypeError, "hidden"),
+        (dict(hidden=torch.zeros(5)), ValueError, "hidden"),
+        (dict(hidden=torch.zeros(5, 4, dtype=torch.float64)), TypeError, "hidden"),
+        (dict(weight=None), TypeError, "weight"),
+        (dict(weight=torch.zeros(6, 3)), ValueError, "weight"),
+        (dict(weight=torch.zeros(6, 4, dtype=torch.float16)), TypeError, "weight"),
+        (dict(weight=torch.zeros(6, 4, device="meta")), ValueError, "weight"),
+        (dict(top_k=7), ValueError, "top_k"),
+        (dict(padding_mask=MASK[:4]), ValueError, "padding_mask"),
+        (dict(vision_top_k=1), ValueError, "vision_mask"),
+        (dict(n_group=4), ValueError, "n_group"),
+        (dict(backend="cuda"), ValueError, "backend"),
+    ],
+    ids=lambda v: ",".join(v) if isinstance(v, dict) else None,
+)
+def test_bad_input_of_the_gate_names_the_argument(wrong, error, name):
+    good = dict(hidden=torch.zeros(5, 4), weight=torch.zeros(6, 4), top_k=2)
+    with pytest.raises(error, match=f"^{name}"):
+        gate_routing(**(good | wrong))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [4096, 16384 + 7])
@@ -273,6 +440,30 @@ def test_real_sizes(dtype, num_tokens, num_experts, top_k, options, with_bias):
     case = Case(make_logits(21, num_tokens, num_experts, dtype), top_k, make_mask(22, num_tokens, 0.9), bias, options)
     # 16-bit logits repeat within a row: exact ties, which the margin leaves out
     assert check(case, "triton").mean() > (0.95 if dtype == torch.float32 else 0.8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("num_experts", "top_k", "options", "with_bias"), MODELS)
+def test_gate_of_real_sizes(dtype, num_experts, top_k, options, with_bias):
+    case = make_gate(37, 4103, num_experts, 2048, dtype, top_k=top_k, vision_mask=make_mask(38, 4103, 0.9),
+                     padding_mask=make_mask(39, 4103, 0.1), options=options)  # fmt: skip
+    case.correction_bias = 0.1 * make_logits(40, 1, num_experts)[0] if with_bias else None
+    assert check(case, "triton").mean() > 0.8
+
+
+@pytest.mark.gpu
+def test_gate_runs_in_a_cuda_graph():
+    case = make_gate(41, 1000, 128, 2048, torch.bfloat16, top_k=8)
+    hidden, weight, mask = case.hidden.to(DEVICE), case.weight.to(DEVICE), make_mask(42, 1000, 0.9).to(DEVICE)
+    options = dict(vision_mask=mask, vision_top_k=4, padding_mask=~mask, return_probs=True, backend="triton")
+    expected = gate_routing(hidden, weight, 8, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gate_routing(hidden, weight, 8, **options)
+    graph.replay()
+    for a, b in zip(out, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

@@ -31,6 +31,7 @@ class Settings:
     alpha: float = 0.5
     strategy: str = "hybrid"
     merge_method: str = "mlerp"
+    keep_by: str = "importance"
 
 
 @dataclass(frozen=True)
@@ -301,11 +302,19 @@ class Sample:
 
             members = {index for window in merged for index in window}
             outside = [index for index in entering if index not in members]
-            by_norm = config.strategy == "routing_similarity"
-            worth = [float(probs[index].norm()) if by_norm else importance[index] for index in outside]
+            if config.keep_by == "redundancy":
+                window_of = {index: number for number, window in enumerate(windows) for index in window}
+                worth = [-scores[window_of[index]] for index in outside]
+            elif config.strategy == "routing_similarity":
+                worth = [float(probs[index].norm()) for index in outside]
+            else:
+                worth = [importance[index] for index in outside]
             chosen, gap = best(worth, target - n_merged)
-            self.margins.note("tokens", gap / max(worth))
             kept = [outside[index] for index in sorted(chosen)]
+            if config.keep_by == "importance":
+                self.margins.note("tokens", gap / max(worth))
+            elif {window_of[index] for index in kept}.isdisjoint(window_of[index] for index in {*outside} - {*kept}):
+                self.margins.note("windows", gap)  # else a window is cut: its tokens tie, and the earlier ones stay
 
         short: list[tuple[Token, Tensor, bool]] = []
         for index, token in enumerate(tokens):

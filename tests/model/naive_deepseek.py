@@ -76,8 +76,8 @@ class Sample(naive.Sample):
 
 
 @torch.no_grad()
-def samples(model, inputs: dict[str, Tensor], config, dtype: torch.dtype) -> list[Sample]:
-    """One prefilled sample per row of a padded batch, padding taken off."""
+def samples(model, inputs: dict[str, Tensor], config, dtype: torch.dtype, kind: type = Sample) -> list[naive.Sample]:
+    """One prefilled sample per row of a padded batch, padding taken off; `kind` makes another method's."""
     weights = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
     images = model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
     rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["images_seq_mask"], images, strict=True)
@@ -86,7 +86,7 @@ def samples(model, inputs: dict[str, Tensor], config, dtype: torch.dtype) -> lis
         vision = vision[valid].bool()
         embeddings = weights["model.language_model.embed_tokens.weight"][ids[valid]].clone()
         embeddings[vision] = sequence.to(dtype)
-        out.append(Sample(weights, model.config.language_config, config, embeddings, vision.tolist()))
+        out.append(kind(weights, model.config.language_config, config, embeddings, vision.tolist()))
     return out
 
 

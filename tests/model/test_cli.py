@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fastmmoe.commands import app
-from fastmmoe.demo import DEMO_PROMPT, demo_model, demo_photograph, save_demo
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
+from fastmmoe.random_model import PROMPT, cat_photograph, random_model, save_random_model
 
 from .golden import golden
 from .tiny_deepseek import tiny_deepseek_vl2
@@ -44,13 +44,13 @@ def refused(*arguments):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("image") / "cat.png"
-    demo_photograph().resize(ONE_TILE).save(path)
+    cat_photograph().resize(ONE_TILE).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save_demo(tmp_path_factory.mktemp("checkpoint") / "demo")
+    return save_random_model(tmp_path_factory.mktemp("checkpoint") / "demo")
 
 
 def flops_of(*options):
@@ -79,7 +79,7 @@ def test_flops_table_and_hub_name():
 
 
 def test_flops_of_a_checkpoint_directory(tmp_path):
-    demo_model().config.save_pretrained(tmp_path)
+    random_model().config.save_pretrained(tmp_path)
     figures = json.loads(succeed("flops", tmp_path, "--text", 85, "--vision", 1792, "--json"))
     # 16 layers, hidden 256, 8 heads of 32, 2 key heads, 16 experts of 128, 4 active
     n = 85 + 1792
@@ -88,10 +88,10 @@ def test_flops_of_a_checkpoint_directory(tmp_path):
     assert figures["saved"] == 0
 
 
-def test_demo(tmp_path):
+def test_bench(tmp_path):
     """The command as it is meant to be used: the photograph, its seven tiles, both answers and the picture."""
     output = tmp_path / "demo.png"
-    figures = json.loads(succeed("demo", "--output", output, "--max-new-tokens", 2, "--json"))
+    figures = json.loads(succeed("bench", "--output", output, "--max-new-tokens", 2, "--json"))
     assert figures["picture"] == str(output)
     with Image.open(output) as image:
         assert image.format == "PNG" and image.width == 1920 and image.height > 900
@@ -113,26 +113,26 @@ def test_demo(tmp_path):
     assert len(figures["answers"]["dense"]) == len(figures["answers"]["fastmmoe"]) == 2
 
 
-def test_demo_tables(tmp_path, picture):
-    output = tmp_path / "demo.png"
-    out = succeed("demo", "--image", picture, "--output", output, "--max-new-tokens", 2, "--prompt", "Hi", "--seed", 5)
+def test_bench_tables(tmp_path, picture):
+    output = tmp_path / "bench.png"
+    out = succeed("bench", "--image", picture, "--output", output, "--max-new-tokens", 2, "--prompt", "Hi", "--seed", 5)
     assert "256 vision tokens" in out and "GFLOPs" in out and "merged" in out
     assert "12 to 15" in out  # the layers after the last stage
     assert "random" in out and "babble" in out
     assert str(output) in out and output.exists()
 
 
-def test_run_on_a_saved_demo_is_the_demo(tmp_path, picture, checkpoint):
+def test_run_on_the_saved_model_is_the_bench(tmp_path, picture, checkpoint):
     """Both commands share one path: the same weights, image, prompt and retention give the same figures."""
-    outputs = [tmp_path / name for name in ("demo.png", "run.png")]
-    common = ["--image", picture, "--prompt", DEMO_PROMPT, "--retention", 0.4, "--max-new-tokens", 4, "--json"]
-    demo = json.loads(succeed("demo", *common, "--output", outputs[0]))
+    outputs = [tmp_path / name for name in ("bench.png", "run.png")]
+    common = ["--image", picture, "--prompt", PROMPT, "--retention", 0.4, "--max-new-tokens", 4, "--json"]
+    bench = json.loads(succeed("bench", *common, "--output", outputs[0]))
     run = json.loads(
         succeed("run", "--model", checkpoint, *common, "--output", outputs[1], "--device", "cpu", "--dtype", "float32")
     )
-    assert run["config"] == demo["config"]
-    assert run["report"] == demo["report"]
-    assert run["answers"] == demo["answers"]
+    assert run["config"] == bench["config"]
+    assert run["report"] == bench["report"]
+    assert run["answers"] == bench["answers"]
     first, second = (Image.open(path) for path in outputs)
     assert first.tobytes() == second.tobytes()
 
@@ -162,7 +162,7 @@ def deepseek(tmp_path_factory):
 
 def test_run_on_deepseek_vl2(deepseek, tmp_path):
     wide = tmp_path / "wide.png"
-    demo_photograph().resize((64, 30)).save(wide)
+    cat_photograph().resize((64, 30)).save(wide)
     options = ["--image", wide, "--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu"]
     figures = json.loads(succeed("run", "--model", deepseek, *options, "--json"))
     report = figures["report"]
@@ -205,7 +205,7 @@ def test_doctor_names_this_machine():
     assert torch.__version__ in succeed("doctor")
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "flops", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "run", "bench", "flops", "doctor"])
 def test_help_has_an_example(command):
     assert f"Example: fastmmoe {command}" in " ".join(succeed(command, "--help").split())
 
@@ -268,4 +268,4 @@ def test_without_the_extra_the_command_names_it(module):
 def test_the_command_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "fastmmoe.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("demo", "run", "flops", "doctor"))
+    assert all(command in done.stdout for command in ("demo", "run", "bench", "flops", "doctor"))

@@ -9,8 +9,7 @@ from torch import nn
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fastmmoe
-from fastmmoe import FastMMoEConfig
-from fastmmoe_kernels import last_query_attention
+from fastmmoe import FastMMoEConfig, pruning
 
 from . import naive
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl
@@ -40,6 +39,7 @@ def traces(model: nn.Module) -> list[str]:
         hooks = [h for h in hooks if getattr(h, "func", h).__module__.startswith("fastmmoe")]
         odd = [key for key in vars(module) if "fastmmoe" in key]
         odd += [key for key, value in vars(module).items() if type(value).__module__.startswith("fastmmoe")]
+        odd += [key for key in ("forward", "_old_forward") if key in vars(module)]
         if hooks or odd:
             found.append(name)
     return found
@@ -165,6 +165,13 @@ def test_layers_that_go_past_their_modules_are_an_error(model):
     fastmmoe.enable(model, BOTH)
     layer = model.model.language_model.layers[3]
     layer.mlp = _Fused(layer.mlp.forward)
+    with pytest.raises(RuntimeError, match="no effect"):
+        model(**tiny_batch(model))
+
+
+def test_attention_that_goes_past_its_config_is_an_error(model):
+    fastmmoe.enable(model, BOTH)
+    model.model.language_model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(RuntimeError, match="no effect"):
         model(**tiny_batch(model))
 
@@ -298,6 +305,22 @@ def test_decoding_token_by_token_equals_generate(model):
             ).logits[:, -1]  # fmt: skip
 
 
+def test_decoding_on_a_cache_that_the_model_made(model):
+    batch = tiny_batch(model, (1, 2))
+    fastmmoe.enable(model, BOTH)
+    want = generate(model, batch, output_logits=True, return_dict_in_generate=True).logits[1]
+    with torch.no_grad():
+        position = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        out = model(**batch, position_ids=position, use_cache=True)
+        mask = torch.cat((batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)), 1)
+        logits = model(
+            input_ids=out.logits[:, -1].argmax(-1, keepdim=True), attention_mask=mask,
+            position_ids=position[:, -1:] + 1,
+            past_key_values=out.past_key_values, use_cache=True,
+        ).logits[:, -1]  # fmt: skip
+    torch.testing.assert_close(logits, want, rtol=1e-3, atol=1e-3)
+
+
 def test_later_caches_are_shorter(model):
     batch = tiny_batch(model, (2,))
     cache = DynamicCache(config=model.config.text_config)
@@ -372,8 +395,9 @@ def test_prompt_lookup_decoding_equals_greedy(model):
     assert got.tolist() == want.tolist()
 
 
-def test_static_cache_equals_dynamic(model):
-    batch = tiny_batch(model, (1, 2))
+@pytest.mark.parametrize("images", [(1, 2), (2,)], ids=["padded", "full"])
+def test_static_cache_equals_dynamic(model, images):
+    batch = tiny_batch(model, images)
     fastmmoe.enable(model, BOTH)
     want = generate(model, batch)
     got = generate(model, batch, cache_implementation="static", disable_compile=True)
@@ -407,7 +431,7 @@ def test_expert_count_of_vision_tokens(model):
         assert active.tolist() == [1 if v and number >= 3 else 4 for v in vision], number
 
 
-def test_attention_row_is_that_of_the_stock_model(model):
+def test_attention_row_is_that_of_the_stock_model(model, monkeypatch):
     """What the hooks capture, against transformers' own eager attention weights."""
     batch = tiny_batch(model, (1, 2))
     eager = tiny_internvl(attn_implementation="eager")
@@ -415,18 +439,12 @@ def test_attention_row_is_that_of_the_stock_model(model):
         want = eager(**batch, output_attentions=True).attentions[1][:, :, -1].mean(1)
     captured = []
     fastmmoe.enable(model, FastMMoEConfig(prune_layers=(1,), retention=0.5))
-    import fastmmoe.hooks as hooks
-
-    original = hooks.prune_tokens
-    try:
-        hooks.prune_tokens = lambda *args, **kwargs: (captured.append(args[3]), original(*args, **kwargs))[1]
-        logits_of(model, batch)
-    finally:
-        hooks.prune_tokens = original
+    original = pruning.prune_batch
+    monkeypatch.setattr(pruning, "prune_batch", lambda *a, **kw: (captured.append(a[3]), original(*a, **kw))[1])
+    logits_of(model, batch)
     torch.testing.assert_close(captured[0], want, rtol=1e-4, atol=1e-6)
-    assert last_query_attention is hooks.last_query_attention
 
 
 def test_config_objects_of_the_oracle_and_the_package_agree():
-    for name in ("merge_ratio", "window", "alpha", "strategy", "merge_method", "reduction_layer"):
+    for name in ("merge_ratio", "window", "alpha", "strategy", "merge_method", "keep_by", "reduction_layer"):
         assert getattr(FastMMoEConfig(), name) == getattr(naive.Settings(), name)

@@ -63,6 +63,8 @@ CASES = {
     "starts-with-an-image": Case(STAGES[2], batch=dict(images_per_sample=(1, 2), text=(0, 1, 1))),
     "weights-not-normalised": Case(STAGES[2], model=dict(norm_topk_prob=False)),
     "dense-layer": Case(STAGES[2], model=dict(mlp_only_layers=[0, 2])),
+    "keep-by-redundancy": Case(STAGES[1] | dict(keep_by="redundancy", alpha=0.75)),
+    "keep-by-redundancy-2-stage": Case(STAGES[2] | dict(keep_by="redundancy", window=3)),
     "one-kv-head": Case(STAGES[2], model=dict(num_key_value_heads=1)),
 }
 

@@ -8,20 +8,20 @@ import torch
 from PIL import Image
 
 from fastmmoe.compare import build_inputs
-from fastmmoe.demo import demo_model, demo_photograph, demo_processor
 from fastmmoe.picture import Tiling, draw_fate, internvl_tilings
+from fastmmoe.random_model import cat_photograph, random_model, random_processor
 
 KEPT, MERGED, DROPPED, GONE = range(4)
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return demo_processor()
+    return random_processor()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return demo_model()
+    return random_model()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_each_token_gets_the_colour_of_its_fate(processor, tmp_path):
 
 
 def test_size_and_panels_of_several_images_and_stages(processor, tmp_path):
-    images = [demo_photograph(), Image.new("RGB", (300, 900), (0, 120, 200))]
+    images = [cat_photograph(), Image.new("RGB", (300, 900), (0, 120, 200))]
     tilings = internvl_tilings(processor, images)
     n = sum(tiling.n_tokens for tiling in tilings)
     path = tmp_path / "picture.png"

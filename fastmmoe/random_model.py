@@ -25,7 +25,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from fastmmoe.processors import InternVLProcessor
 
-DEMO_PROMPT = "Describe this photograph in one sentence."
+PROMPT = "Describe this photograph in one sentence."
 
 TILE = 448  # pixels
 PATCH = 14  # pixels
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 
 
-def demo_photograph():
+def cat_photograph():
     """A 451 x 300 photograph of a cat as a `PIL.Image`: InternVL cuts it into 3 x 2 tiles and a thumbnail.
 
     It comes inside scikit-image's wheel (`skimage.data.chelsea`, CC0, by Stefan van der Walt).
@@ -55,7 +55,7 @@ def demo_photograph():
     return Image.fromarray(data.chelsea())
 
 
-def demo_processor() -> InternVLProcessor:
+def random_processor() -> InternVLProcessor:
     """InternVL's processor with its real image settings and a tokenizer of one token per byte."""
     tokenizer = Qwen2Tokenizer(
         vocab=_vocabulary(),
@@ -80,7 +80,7 @@ def demo_processor() -> InternVLProcessor:
     return InternVLProcessor(image_processor, tokenizer, TILE_TOKENS, CHAT_TEMPLATE)
 
 
-def demo_config() -> InternVLConfig:
+def random_config() -> InternVLConfig:
     """InternVL3.5's architecture in small: 16 layers of 16 experts, top-4; 28 M parameters."""
     vocabulary = _vocabulary()
     return InternVLConfig(
@@ -114,8 +114,8 @@ def demo_config() -> InternVLConfig:
     )
 
 
-def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
-    """`demo_config`'s model in evaluation mode, float32, on the CPU.
+def random_model(seed: int = 0) -> InternVLForConditionalGeneration:
+    """`random_config`'s model in evaluation mode, float32, on the CPU.
 
     Weights are drawn from `seed` at a scale that keeps activations near unit size and makes gates and attention
     decided, as trained ones are: with transformers' own initialisation (standard deviation 0.02) every expert and
@@ -123,7 +123,7 @@ def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = InternVLForConditionalGeneration(demo_config()).eval()
+        model = InternVLForConditionalGeneration(random_config()).eval()
         _draw_weights(model)
     vocabulary = _vocabulary()
     # a random model would mostly say bytes that are no text, or one of them for ever
@@ -138,11 +138,11 @@ def demo_model(seed: int = 0) -> InternVLForConditionalGeneration:
     return model
 
 
-def save_demo(directory: str | Path, seed: int = 0) -> Path:
-    """Write the demo's model and processor as a checkpoint directory, as `from_pretrained` reads it (113 MB)."""
+def save_random_model(directory: str | Path, seed: int = 0) -> Path:
+    """Write the model and its processor as a checkpoint directory, as `from_pretrained` reads it (113 MB)."""
     directory = Path(directory)
-    demo_model(seed).save_pretrained(directory)
-    demo_processor().save_pretrained(directory)
+    random_model(seed).save_pretrained(directory)
+    random_processor().save_pretrained(directory)
     return directory
 
 

@@ -1,4 +1,4 @@
-"""The demo's model and processor: the real tiling, the real number of tokens, a tokenizer that loses nothing."""
+"""The random model and its processor: the real tiling, the real number of tokens, a tokenizer that loses nothing."""
 
 import numpy as np
 import pytest
@@ -8,20 +8,20 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
 from fastmmoe.compare import build_inputs
-from fastmmoe.demo import DEMO_PROMPT, demo_model, demo_photograph, demo_processor, save_demo
 from fastmmoe.processors import load_processor
+from fastmmoe.random_model import PROMPT, cat_photograph, random_model, random_processor, save_random_model
 
 TOKENS = 256  # per tile: 448 / 14 patches a side, 2 x 2 of them joined
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return demo_processor()
+    return random_processor()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return demo_model()
+    return random_model()
 
 
 def chat(images, prompt):
@@ -30,7 +30,7 @@ def chat(images, prompt):
 
 
 def test_the_photograph_is_seven_tiles():
-    photograph = demo_photograph()
+    photograph = cat_photograph()
     assert (photograph.mode, photograph.size) == ("RGB", (451, 300))
     # a photograph, not a placeholder
     assert len(np.unique(np.asarray(photograph).reshape(-1, 3), axis=0)) > 10_000
@@ -39,7 +39,7 @@ def test_the_photograph_is_seven_tiles():
 @pytest.mark.parametrize(
     ("width", "height", "tiles"),
     [
-        (451, 300, 3 * 2 + 1),  # the demo's photograph
+        (451, 300, 3 * 2 + 1),  # the photograph
         (448, 448, 1),  # one tile needs no thumbnail
         (896, 448, 2 + 1),
         (448, 1344, 3 + 1),
@@ -96,7 +96,7 @@ def test_equal_seeds_give_equal_models_and_leave_the_callers_random_state(model)
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    again, other = demo_model(), demo_model(seed=1)
+    again, other = random_model(), random_model(seed=1)
     torch.testing.assert_close(torch.rand(4), expected, atol=0, rtol=0)
     gate = model.model.language_model.layers[7].mlp.gate.weight
     torch.testing.assert_close(again.model.language_model.layers[7].mlp.gate.weight, gate, atol=0, rtol=0)
@@ -107,7 +107,7 @@ def test_equal_seeds_give_equal_models_and_leave_the_callers_random_state(model)
 def test_routing_and_attention_are_far_from_uniform(model, processor):
     """A uniform router would make every token's window alike; uniform attention, every token as important."""
     # one tile, to save time
-    inputs = build_inputs(model, processor, [demo_photograph().resize((448, 448))], DEMO_PROMPT)
+    inputs = build_inputs(model, processor, [cat_photograph().resize((448, 448))], PROMPT)
     vision = inputs["input_ids"][0] == model.config.image_token_id
     layers = model.model.language_model.layers
     logits, rows = {}, {}
@@ -140,12 +140,12 @@ def test_routing_and_attention_are_far_from_uniform(model, processor):
         assert row.max() > 4 * row.mean(), layer
 
 
-def test_a_saved_demo_is_an_ordinary_checkpoint(model, processor, tmp_path):
-    directory = save_demo(tmp_path / "demo")
+def test_a_saved_model_is_an_ordinary_checkpoint(model, processor, tmp_path):
+    directory = save_random_model(tmp_path / "model")
     loaded, its_processor = AutoModelForImageTextToText.from_pretrained(directory), load_processor(str(directory))
-    photograph = demo_photograph().resize((400, 420))
-    inputs = build_inputs(model, processor, [photograph], DEMO_PROMPT)
-    again = build_inputs(loaded, its_processor, [photograph], DEMO_PROMPT)
+    photograph = cat_photograph().resize((400, 420))
+    inputs = build_inputs(model, processor, [photograph], PROMPT)
+    again = build_inputs(loaded, its_processor, [photograph], PROMPT)
     assert set(again) == set(inputs)
     torch.testing.assert_close(again["input_ids"], inputs["input_ids"])
     # with torchvision its own resampling serves, which rounds otherwise

@@ -1,0 +1,358 @@
+"""Train the small model of `fastmmoe/scenes/checkpoint/`: about twenty minutes on two CPU cores.
+
+    python bench/quality/train.py --work /tmp/quality
+    python bench/quality/train.py --work /tmp/quality --resume
+
+Two phases. First the vision tower and the projector learn to name what every vision token shows, with a head that is
+thrown away. Then the language model learns to answer, at first with the vision tower frozen. Every process computes
+its share of a batch on one thread and the gradients are averaged: two threads of one process wait for each other as
+soon as anything else runs on the machine. The data of a step depend on its number and on the answers so far, which a
+checkpoint holds, so a resumed training goes on as if it had not stopped. The last step's weights are the result; dev
+is only watched, test is not touched.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from torch import nn
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parents[1]))
+from provenance import provenance
+
+from fastmmoe.scenes import TYPES, scene
+from fastmmoe.scenes.pictures import CELLS, COLOURS
+from fastmmoe.scenes.tokenizer import VOCABULARY, save_processor
+from quality import dispatch, schedule
+from quality.batches import IGNORE, to_pixels, token_labels, training_batch
+from quality.evaluate import answer_logits, evaluate_packed, right_answers, summarise
+from quality.model import new_model
+from quality.muon import Muon
+
+SECOND_PHASE_SCENES = 10_000_000  # numbers of the scenes of the second phase start here
+HEAD = (12, 7, CELLS, CELLS)  # classes of `token_labels`
+HEAD_WORDS = (
+    [str(digit) for digit in range(10)],
+    list(COLOURS),
+    [f"r{row + 1}" for row in range(CELLS)],
+    [f"c{column + 1}" for column in range(CELLS)],
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the result depends on."""
+
+    seed: int = 0
+    processes: int = 2
+    vision_steps: int = 550
+    vision_batch: int = 48
+    steps: int = 2000
+    batch: int = 16
+    questions: int = 14  # per picture
+    balance: float = 0.01  # weight of the load-balancing loss
+    muon_rate: float = 0.006
+    adam_rate: float = 2e-3
+    vision_rate: float = 6e-4  # of the vision tower in the second phase
+
+
+@dataclass
+class Progress:
+    """What a resumed training needs beside weights and optimisers."""
+
+    phase: int = 1
+    step: int = 0
+    right: list[float] = field(default_factory=lambda: [0.0] * len(TYPES))  # moving exact match on training questions
+    seconds: float = 0.0
+    log: list[dict] = field(default_factory=list)
+
+
+def average_gradients(parameters: list[torch.Tensor], processes: int) -> None:
+    """Average over the processes and clip to norm 1; parameters without a gradient get zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat)
+    flat /= processes
+    flat *= (1 / (flat.norm() + 1e-6)).clamp(max=1)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
+    """1 where every layer uses its experts alike, more where it does not; logits [T, E] per layer."""
+    losses = []
+    for logits in router_logits:
+        probabilities = logits.softmax(-1)
+        chosen = probabilities.topk(top_k, -1).indices.flatten()
+        share = chosen.bincount(minlength=logits.shape[-1]) / len(chosen)
+        losses.append(logits.shape[-1] * (share * probabilities.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+class Trainer:
+    """One process of a training."""
+
+    def __init__(self, rank: int, settings: Settings, work: Path, minutes: float | None, resume: bool):
+        self.rank, self.settings, self.work = rank, settings, work
+        self.model = new_model(settings.seed)
+        self.model.model.language_model.set_experts_implementation(dispatch.NAME)
+        self.head = nn.Linear(self.model.config.text_config.hidden_size, sum(HEAD))
+        self.progress = Progress()
+        inner = self.model.model
+        self.vision = [*inner.vision_tower.parameters(), *inner.multi_modal_projector.parameters()]
+        self.text = [*inner.language_model.parameters(), self.model.lm_head.weight]
+        self.optimisers: list[torch.optim.Optimizer] = []
+        self.stop_at = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+        if resume:
+            saved = torch.load(work / "state.pt")
+            self.progress = Progress(**saved["progress"])
+            self.model.load_state_dict(saved["model"])
+            self.head.load_state_dict(saved["head"])
+        self._make_optimisers()
+        if resume:
+            for optimiser, value in zip(self.optimisers, saved["optimisers"], strict=True):
+                optimiser.load_state_dict(value)
+        self.started = time.monotonic() - self.progress.seconds
+
+    def _make_optimisers(self) -> None:
+        """Those of the current phase; the phase's learning rates stand in `initial_lr`."""
+        settings = self.settings
+        if self.progress.phase == 1:
+            self.optimisers = [torch.optim.AdamW([*self.vision, *self.head.parameters()], settings.adam_rate)]
+        else:
+            # Muon is for hidden matrices: not for gates, nor for the rows that stand for words
+            named = [
+                (name, p)
+                for name, p in self.model.model.language_model.named_parameters()
+                if p.ndim >= 2 and not name.endswith(("gate.weight", "embed_tokens.weight"))
+            ]
+            matrices = [p for _, p in named]
+            splits = [2 if name.endswith("gate_up_proj") else 1 for name, _ in named]
+            rest = [p for p in self.text if all(p is not matrix for matrix in matrices)]
+            adam = [{"params": rest, "lr": settings.adam_rate}, {"params": self.vision, "lr": settings.vision_rate}]
+            self.optimisers = [
+                Muon(matrices, settings.muon_rate, splits),
+                torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.0),
+            ]
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["initial_lr"] = group["lr"]
+
+    @torch.no_grad()
+    def _join(self) -> None:
+        """Make what the first phase learned easy to use for the language model.
+
+        Vision tokens get mean 0 and unit size by the projector's last layer. Digits, colours, rows and columns get
+        the directions by which the head tells them apart: a word resembles the vision tokens that show it.
+        """
+        inner = self.model.model
+        tokens = inner.get_image_features(to_pixels([scene("train", number) for number in range(64)])).pooler_output
+        mean = tokens.mean((0, 1))
+        size = (tokens - mean).pow(2).mean().sqrt()
+        last = inner.multi_modal_projector.linear_2
+        last.weight.div_(size)
+        last.bias.sub_(mean).div_(size)
+        for table in (self.model.get_input_embeddings().weight, self.model.lm_head.weight):
+            length = table.norm(dim=-1).mean()
+            for part, words in zip(self.head.weight.split(HEAD), HEAD_WORDS, strict=True):
+                directions = nn.functional.normalize(part - part.mean(0), dim=-1)
+                for word, direction in zip(words, directions, strict=False):  # shapes and nothing have no word
+                    table[VOCABULARY[word]] = length * direction
+
+    def _update(self, parameters: list[torch.Tensor], factor: float) -> None:
+        average_gradients(parameters, self.settings.processes)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimiser.step()
+            optimiser.zero_grad()
+
+    def vision_step(self, step: int) -> dict:
+        """Name what the vision tokens show."""
+        size = self.settings.vision_batch // self.settings.processes
+        first = step * self.settings.vision_batch + self.rank * size
+        scenes = [scene("train", number) for number in range(first, first + size)]
+        labels = token_labels(scenes)
+        logits = self.head(self.model.model.get_image_features(to_pixels(scenes)).pooler_output)
+        # nine tokens in ten show nothing
+        weight = torch.where(labels[..., 0] == 11, 0.1, 1.0)
+        parts = [
+            nn.functional.cross_entropy(part.flatten(0, 1), labels[..., number].flatten(), reduction="none")
+            for number, part in enumerate(logits.split(HEAD, -1))
+        ]
+        loss = sum((part * weight.flatten()).sum() for part in parts) / weight.sum()
+        loss.backward()
+        self._update([*self.vision, *self.head.parameters()], schedule.rate(step, self.settings.vision_steps, 0.5))
+        digits = labels[..., 0] < 10
+        return {
+            "loss": loss.item(),
+            "digits": (logits[..., :12].argmax(-1) == labels[..., 0])[digits].float().mean().item(),
+        }
+
+    def text_step(self, step: int) -> dict:
+        """Answer questions."""
+        settings, model = self.settings, self.model
+        size = schedule.pictures(step, settings.steps, settings.batch) // settings.processes
+        first = SECOND_PHASE_SCENES + step * settings.batch + self.rank * size
+        # ask more of what goes wrong
+        weights = 1.15 - np.array(self.progress.right)
+        batch = training_batch(first, size, schedule.digits(step), weights, settings.questions)
+        learns_to_see = step >= schedule.UNFREEZE * settings.steps
+        with torch.set_grad_enabled(learns_to_see):
+            features = model.model.get_image_features(batch.pixels).pooler_output
+        logits, output = answer_logits(model, features, batch, output_router_logits=True)
+        answer = nn.functional.cross_entropy(logits, batch.labels[batch.labels != IGNORE])
+        balance = balance_loss(output.router_logits, model.config.text_config.num_experts_per_tok)
+        (answer + settings.balance * balance).backward()
+        factor = schedule.rate(step, settings.steps, 0.4)
+        self._update(self.text + self.vision if learns_to_see else self.text, factor)
+
+        right = right_answers(logits.detach(), batch).double()
+        counts = torch.zeros(2, len(TYPES), dtype=torch.float64)
+        counts[0].index_add_(0, batch.types, right)
+        counts[1].index_add_(0, batch.types, torch.ones_like(right))
+        dist.all_reduce(counts)
+        for number, (good, asked) in enumerate(counts.T.tolist()):
+            if asked:
+                self.progress.right[number] += 0.05 * (good / asked - self.progress.right[number])
+        probabilities = torch.stack([one.detach().softmax(-1) for one in output.router_logits])
+        entropy = torch.special.entr(probabilities).sum(-1).mean()
+        return {
+            "loss": answer.item(),
+            "exact": (counts[0].sum() / counts[1].sum()).item(),
+            "balance": balance.item(),
+            "routing_entropy": entropy.item(),
+        }
+
+    def evaluate(self, scenes: int) -> dict:
+        """Exact match on dev, the scenes shared among the processes."""
+        share = scenes // self.settings.processes
+        self.model.eval()
+        records = [None] * self.settings.processes
+        dist.all_gather_object(records, evaluate_packed(self.model, "dev", self.rank * share, share))
+        self.model.train()
+        return summarise([record for some in records for record in some])
+
+    def save(self) -> None:
+        """Write all that a resumed training needs; a kill at any moment leaves the old or the new file."""
+        if self.rank:
+            return
+        self.progress.seconds = time.monotonic() - self.started
+        state = {
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+        torch.save(state, self.work / "state.tmp")
+        os.replace(self.work / "state.tmp", self.work / "state.pt")
+
+    def _out_of_time(self) -> bool:
+        """Whether the first process is past its time; all have to stop at the same step."""
+        flag = torch.tensor(float(time.monotonic() > self.stop_at))
+        dist.broadcast(flag, 0)
+        return bool(flag)
+
+    def _note(self, entry: dict) -> None:
+        progress = self.progress
+        entry = {"phase": progress.phase, "step": progress.step} | entry
+        entry["seconds"] = round(time.monotonic() - self.started, 1)
+        progress.log.append(entry)
+        if not self.rank:
+            with (self.work / "log.jsonl").open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+
+    def run(self, dev_every: int, dev_scenes: int, save_every: int) -> bool:
+        """Train to the end, or until the time is up; whether the end was reached."""
+        progress, settings = self.progress, self.settings
+        self._note({"settings": asdict(settings)})  # a resumed training may have others
+        for phase, steps, take in ((1, settings.vision_steps, self.vision_step), (2, settings.steps, self.text_step)):
+            if progress.phase > phase:
+                continue
+            if progress.phase < phase:
+                progress.phase, progress.step = phase, 0
+                self._join()
+                self._make_optimisers()
+            with tqdm(total=steps, initial=progress.step, desc=f"phase {phase}", disable=self.rank > 0) as bar:
+                while progress.step < steps:
+                    figures = take(progress.step)
+                    progress.step += 1
+                    bar.update()
+                    bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+                    if phase == 1 and progress.step % 50 == 0:
+                        self._note(figures)
+                    if phase == 2 and (progress.step % dev_every == 0 or progress.step == steps):
+                        scenes = dev_scenes if progress.step < steps else 6 * dev_scenes
+                        self._note(figures | {"dev": self.evaluate(scenes)})
+                    if progress.step % save_every == 0 or progress.step == steps:
+                        self.save()
+                    if self._out_of_time():
+                        self.save()
+                        return False
+        return True
+
+
+def export(model, directory: Path) -> None:
+    """Write the model as fp16 safetensors, and its processor, as `from_pretrained` reads them."""
+    model.model.language_model.set_experts_implementation("eager")
+    model.half().save_pretrained(directory)
+    save_processor(directory)
+
+
+def train(rank: int, settings: Settings, work: Path, minutes: float | None, resume: bool, options: dict) -> None:
+    """One process: rank 0 also writes the files."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
+    dist.init_process_group(
+        "gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=settings.processes,
+        timeout=timedelta(minutes=10),
+    )  # fmt: skip
+    trainer = Trainer(rank, settings, work, minutes, resume)
+    if trainer.run(**options) and rank == 0:
+        result = provenance(torch.device("cpu")) | {
+            "seconds": round(trainer.progress.seconds),
+            "log": trainer.progress.log,
+        }
+        (work / "training.json").write_text(json.dumps(result, indent=1) + "\n")
+        export(trainer.model, work / "checkpoint")
+    dist.destroy_process_group()
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Directory for checkpoints, the log and the result.")],
+    steps: Annotated[int, typer.Option(help="Of the second phase.")] = Settings.steps,
+    vision_steps: Annotated[int, typer.Option(help="Of the first phase.")] = Settings.vision_steps,
+    processes: Annotated[int, typer.Option(help="Of one thread each.")] = Settings.processes,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = Settings.seed,
+    balance: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = Settings.balance,
+    minutes: Annotated[float | None, typer.Option(help="Save and stop after this time; --resume goes on.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the directory.")] = False,
+    dev_every: Annotated[int, typer.Option(help="Steps between looks at dev.")] = 100,
+    dev_scenes: Annotated[int, typer.Option(help="Dev pictures per look; six times as many at the end.")] = 50,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+) -> None:
+    """Train the model, or go on training it."""
+    settings = Settings(seed=seed, processes=processes, vision_steps=vision_steps, steps=steps, balance=balance)
+    work = work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "rendezvous").unlink(missing_ok=True)
+    options = {"dev_every": dev_every, "dev_scenes": dev_scenes, "save_every": save_every}
+    mp.spawn(train, (settings, work, minutes, resume, options), processes)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,239 @@
+"""What is compared: every way of pruning, where, how much, with all and with fewer experts.
+
+A new keyword of `FastMMoEConfig` enters the study as a row of `VARIANTS` or a factor of `FACTORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fastmmoe.adapters import find_text_model
+from fastmmoe.baselines import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.config import FastMMoEConfig, ReductionConfig
+
+RETENTIONS = (0.75, 0.5, 0.25)
+RANDOM_SEEDS = 8  # one draw of random pruning would favour some places of every picture
+
+# FastMMoE as the official scripts set it, and our own; beside the model family's preset
+VARIANTS: dict[str, dict[str, Any]] = {
+    "FastMMoE": {},
+    "FastMMoE, keep by redundancy": {"keep_by": "redundancy", "alpha": 0.75},
+}
+
+# ablations: one factor at a time away from a base, whose own setting stands among the values or not
+ABLATION_RETENTION = 0.5
+ABLATION_BASES = VARIANTS
+FACTORS: dict[str, tuple[dict[str, Any], ...]] = {
+    "window": tuple({"window": window} for window in (1, 2, 3, 5, 10)),
+    "alpha": tuple({"alpha": alpha} for alpha in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
+    "merge_ratio": tuple({"merge_ratio": ratio} for ratio in (0.0, 0.025, 0.1, 0.25, 0.5)),
+    "strategy": tuple({"strategy": name} for name in ("hybrid", "routing_similarity", "dynamic_attention")),
+    # with enough merges to see a difference
+    "merge_method": tuple({"merge_method": name, "merge_ratio": 0.25} for name in ("mlerp", "mean")),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run the prefill.
+
+    Attributes:
+        name: what the tables call it.
+        placement: name of the layers it prunes at, "" where it prunes nowhere.
+        retention: share of the vision tokens left, 1.0 where it prunes nothing.
+        configs: batch i runs under `configs[i % len(configs)]`; empty: the dense model.
+        factor: what an ablation changes, "" otherwise.
+    """
+
+    name: str
+    placement: str = ""
+    retention: float = 1.0
+    configs: tuple[ReductionConfig, ...] = ()
+    factor: str = ""
+
+    def config_of(self, batch: int) -> ReductionConfig | None:
+        return self.configs[batch % len(self.configs)] if self.configs else None
+
+    @property
+    def config(self) -> ReductionConfig | None:
+        return self.config_of(0)
+
+    def describe(self) -> dict[str, Any]:
+        """The first columns of a row of results."""
+        config = self.config
+        top_k = None if config is None else config.vision_top_k
+        return {
+            "method": self.name,
+            "factor": self.factor,
+            "placement": self.placement,
+            "prune_layers": [] if config is None else list(config.prune_layers),
+            "retention": self.retention,
+            "vision_top_k": top_k,
+            "reduction_layer": None if top_k is None else config.reduction_layer,
+            "config": None if config is None else {"type": type(config).__name__, **config.to_dict()},
+        }
+
+    @property
+    def key(self) -> tuple:
+        """What tells it from the study's other methods."""
+        return _key(self.describe())
+
+
+def key_of(row: Mapping[str, Any]) -> tuple:
+    """`Method.key` of the method that a row of results is about."""
+    return _key(row)
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    config = sorted((row["config"] or {}).items(), key=lambda item: item[0])
+    return row["method"], row["factor"], row["placement"], row["retention"], repr(config)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the grid needs to know of a model: its depth, its K, and its family's preset."""
+
+    layers: int
+    top_k: int
+    preset: FastMMoEConfig
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Setting:
+        adapter, text, _ = find_text_model(model)
+        moe = next(layer for layer in text.layers if adapter.is_moe(layer))
+        top_k = adapter.routing_options(adapter.gate_of(moe))["top_k"]
+        official = _official_layers(model, len(text.layers))
+        preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
+        return cls(len(text.layers), top_k, preset)
+
+    @property
+    def placements(self) -> dict[str, tuple[int, ...]]:
+        """Where to prune: the official three layers, and one layer early, a quarter and half of the way up."""
+        # FastV's usual K = 2 prunes behind layer 1
+        single = {"early": 1, "quarter": max(2, self.layers // 4), "half": max(3, self.layers // 2)}
+        found = {"three stages": self.preset.prune_layers}
+        return found | {name: (layer,) for name, layer in single.items() if layer < self.layers - 1}
+
+    @property
+    def expert_reductions(self) -> tuple[dict[str, Any], ...]:
+        """All experts, and the preset's half of them from the preset's layer on."""
+        preset = self.preset
+        return {}, {"vision_top_k": preset.vision_top_k, "reduction_layer": preset.reduction_layer}
+
+
+def dense() -> Method:
+    return Method("dense")
+
+
+def main_grid(setting: Setting) -> list[Method]:
+    """Every method at every placement and retention, with all experts and with fewer; the dense model first."""
+    methods = [dense()]
+    for experts in setting.expert_reductions:
+        if experts:
+            methods.append(Method("fewer experts only", configs=(FastMMoEConfig(**experts),)))
+        for placement in setting.placements:
+            for retention in RETENTIONS:
+                methods += at(setting, placement, retention, experts)
+    return methods
+
+
+def at(setting: Setting, placement: str, retention: float, experts: Mapping[str, Any]) -> Iterator[Method]:
+    """All methods at one placement, with equal retention behind its last layer.
+
+    FastV prunes once by definition: it has no place where there are several stages. SparseVLM's schedule is chosen so
+    that kept and recycled tokens together are as many as the others keep.
+    """
+    layers = setting.placements[placement]
+    for name, changes in VARIANTS.items():
+        yield fastmmoe_method(setting, name, placement, retention, experts, changes)
+    if len(layers) == 1:
+        config = FastVConfig(layer=layers[0] + 1, retention=retention, **experts)
+        yield Method("FastV", placement, retention, (config,))
+    stage = retention ** (1 / len(layers))
+    ratios = (_without_recycled(stage),) * len(layers)
+    yield Method("SparseVLM", placement, retention, (SparseVLMConfig(layers=layers, keep_ratios=ratios, **experts),))
+    blind = {"prune_layers": layers, "retention": retention, **experts}
+    yield Method("uniform", placement, retention, (UniformConfig(**blind),))
+    seeds = range(RANDOM_SEEDS)
+    yield Method("random", placement, retention, tuple(RandomConfig(seed=seed, **blind) for seed in seeds))
+
+
+def fastmmoe_method(
+    setting: Setting,
+    name: str,
+    placement: str,
+    retention: float,
+    experts: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    factor: str = "",
+) -> Method:
+    """FastMMoE by the family's preset with `changes`, all experts unless `experts` says otherwise."""
+    fixed = {"vision_top_k": None, "prune_layers": setting.placements[placement], "retention": retention}
+    config = replace(setting.preset, **(fixed | dict(experts) | dict(changes)))
+    return Method(name, placement, retention, (config,), factor)
+
+
+def heatmap_grid(setting: Setting) -> list[Method]:
+    """Fewer experts alone, for every first layer l_v and number of experts K_v < K."""
+    return [
+        Method("fewer experts only", configs=(FastMMoEConfig(vision_top_k=top_k, reduction_layer=layer),))
+        for layer in _heatmap_layers(setting.layers)
+        for top_k in range(1, setting.top_k)
+    ]
+
+
+def ablation_grid(setting: Setting) -> list[Method]:
+    """One factor at a time away from each base, at every placement, all experts; equal configs once."""
+    seen, methods = set(), []
+    for placement in setting.placements:
+        for base, own in ABLATION_BASES.items():
+            for factor, settings in {"base": ({},), **FACTORS}.items():
+                for changes in settings:
+                    method = fastmmoe_method(setting, base, placement, ABLATION_RETENTION, {}, own | changes, factor)
+                    if (base, placement, method.configs) not in seen:
+                        seen.add((base, placement, method.configs))
+                        methods.append(method)
+    return methods
+
+
+def chosen_grid(setting: Setting, name: str, changes: Mapping[str, Any]) -> list[Method]:
+    """One setting of FastMMoE at every placement and retention, with all experts and with fewer."""
+    return [
+        fastmmoe_method(setting, name, placement, retention, experts, changes)
+        for experts in setting.expert_reductions
+        for placement in setting.placements
+        for retention in RETENTIONS
+    ]
+
+
+def changes_of(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a row's FastMMoE config differs from the preset, apart from where and how much it prunes."""
+    apart = {"vision_top_k", "reduction_layer", "prune_layers", "retention", "keep_ratios"}
+    names = [field.name for field in fields(FastMMoEConfig) if field.name not in apart]
+    return {name: config[name] for name in names if config[name] != getattr(setting.preset, name)}
+
+
+def _official_layers(model: PreTrainedModel, depth: int) -> tuple[int, ...]:
+    """The preset's prune layers, or, in a model that is not as deep, layers at the same share of a 48-layer model."""
+    try:
+        return FastMMoEConfig.preset(model, retention=0.5).prune_layers
+    except ValueError:
+        layers: list[int] = []
+        for share in (5 / 48, 8 / 48, 12 / 48):
+            layers.append(max(round(share * depth), layers[-1] + 1 if layers else 1))
+        return tuple(layers)
+
+
+def _heatmap_layers(depth: int) -> tuple[int, ...]:
+    """At most twelve layers, evenly from the first on."""
+    step = -(-depth // 12)
+    return tuple(range(0, depth, step))
+
+
+def _without_recycled(share: float) -> float:
+    """What SparseVLM keeps so that its clusters, 3 % of what it drops, fill up to `share`."""
+    return max((share - 0.03) / 0.97, 0.01)
