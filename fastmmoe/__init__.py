@@ -4,6 +4,7 @@
 from fastmmoe.config import FastMMoEConfig
 from fastmmoe.enable import disable, enable, enabled, fixed_layout
 from fastmmoe.flops import FlopsReport, flops
+from fastmmoe.packing import pack_batch
 from fastmmoe.report import PrefillReport, StageReport, report
 
 __version__ = "0.1.0"
@@ -18,5 +19,6 @@ __all__ = [
     "enabled",
     "fixed_layout",
     "flops",
+    "pack_batch",
     "report",
 ]

@@ -51,6 +51,80 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
+@app.command(epilog="Example: fastmmoe demo --question 'how many digits ?' --retention 0.5 --output picture.png")
+def demo(
+    image: Annotated[Path | None, typer.Option(help="Image file.", show_default="a picture of the test split")] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option("--question", help="Repeat for several.", show_default="one of every type the model knows"),
+    ] = None,
+    retention: Retention = 0.5,
+    output: Annotated[Path, typer.Option(help="Where to draw what became of each token.")] = Path("fastmmoe_demo.png"),
+    json: Json = False,
+) -> None:
+    """Ask a small trained MoE-MLLM about a picture, with FastMMoE off and on: no GPU, no download."""
+    _need("demo", "PIL", "matplotlib")
+    from fastmmoe import demo as demo_
+    from fastmmoe.picture import draw_fate, internvl_tilings
+    from fastmmoe.scenes import exact_match
+
+    _check_output(output)
+    picture, known = demo_.demo_example()
+    if image is not None:
+        (picture,), known = _open_images([image]), []
+    # of a picture of the user's, the right answers are not known
+    answers = {question.text: question.answer for question in known}
+    asked = questions or [question.text for question in demo_.demo_example()[1]]
+    with _refusing(ValueError, TypeError):
+        config = demo_.demo_config(retention)
+    results = []
+    with _one_thread():
+        model, processor = demo_.demo_model()
+        with _progress("", total=2 * len(asked)) as step:
+            for question in asked:
+                inputs = build_inputs(model, processor, [picture], question)
+                results.append(
+                    compare_(
+                        model,
+                        processor,
+                        inputs,
+                        config,
+                        max_new_tokens=8,
+                        runs=0,
+                        progress=lambda _, q=question: step(q),
+                    )
+                )
+    drawn = None
+    if results[-1].report.stages:
+        drawn = str(output)
+        draw_fate(output, [picture], internvl_tilings(processor, [picture]), results[-1].report)
+    if json:
+        rows = [
+            {"question": text, "right": answers.get(text), "dense": result.dense_answer, "fastmmoe": result.fast_answer}
+            for text, result in zip(asked, results, strict=True)
+        ]
+        report = results[-1].report.to_dict()
+        _print_json({"config": config.to_dict(), "answers": rows, "report": report, "picture": drawn})
+        return
+    table = Table("question", title=f"{results[-1].report.n_vision[0]} vision tokens", caption="green: right")
+    for name in ("right answer", "FastMMoE off", "on"):
+        table.add_column(name)
+    for text, result in zip(asked, results, strict=True):
+        right = answers.get(text)
+        shown = [
+            f"[green]{escape(said)}[/]" if right is not None and exact_match(said, right) else escape(said)
+            for said in (result.dense_answer, result.fast_answer)
+        ]
+        table.add_row(escape(text), right or "", *shown)
+    console.print(table)
+    console.print(_token_table(results[-1].report))
+    if drawn:
+        console.print(_stage_table(results[-1].report))
+    console.print(f"language model FLOPs saved: {results[-1].report.flops.saved:.1%}")
+    if drawn:
+        console.print(f"picture, for the last question: {escape(drawn)}", soft_wrap=True)
+
+
 @app.command(epilog="Example: fastmmoe bench --retention 0.5 --output picture.png")
 def bench(
     images: Images = None,
@@ -178,6 +252,62 @@ def flops(
     figures = f"{report.dense / unit:.2f}", f"{report.reduced / unit:.2f}", f"{report.saved:.1%}"
     table.add_row("all", "", "", *figures, style="bold")
     console.print(table)
+
+
+@app.command(epilog="Example: fastmmoe analyze --out results --workers 2 --resume")
+def analyze(
+    out: Annotated[Path, typer.Option(help="Directory for the results: JSON, CSV, Markdown tables, plots.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint directory or hub id.", show_default="the package's own")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Your questions: JSONL with image, question, answer[, type]; default: generated scenes."),
+    ] = None,
+    dev_data: Annotated[Path | None, typer.Option(help="Other questions, to choose settings by, likewise.")] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of methods, heatmap, routing, magnitude, ablations, chosen, timing, with commas between.",
+            show_default="all that have questions",
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option(min=2, help="Questions to report on.")] = 2000,
+    dev_n: Annotated[int, typer.Option(min=2, help="Questions to choose settings by.")] = 1000,
+    split: Annotated[Literal["dev", "test"], typer.Option(help="Which scenes to report on.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Other scenes for other seeds.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    resume: Annotated[bool, typer.Option(help="Go on with the rows that are in --out.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 64,
+    max_new_tokens: NewTokens = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Study what the reductions cost in right answers: methods, layers, ablations, FLOPs and times, with plots."""
+    _need("study", "PIL", "matplotlib", "tqdm", *(() if data else ("sklearn", "skimage")))
+    from fastmmoe.analysis import plots, study, tables
+
+    settings = study.Settings(
+        model=model, data=data, dev_data=dev_data, split=split, n=n, dev_n=dev_n, seed=seed, threads=threads,
+        batch=batch, max_new_tokens=max_new_tokens, device=str(_device(device)), dtype=dtype,
+    )  # fmt: skip
+    chosen = settings.default_parts if parts is None else [part.strip() for part in parts.split(",") if part.strip()]
+    with _refusing(OSError, ValueError, TypeError):
+        work = study.Study(settings, out, chosen, resume=resume)
+    work.run(workers)
+    written = [*tables.write_tables(out), *plots.draw_plots(out)]
+    if json:
+        hidden = ("right",)  # one digit per question
+        figures = {
+            part: [{name: value for name, value in row.items() if name not in hidden} for row in file.rows]
+            for part, file in work.files.items()
+        }
+        _print_json({"out": str(out), "parts": figures})
+        return
+    for path in [*(file.path for file in work.files.values()), *written]:
+        console.print(escape(str(path)), soft_wrap=True)
 
 
 @app.command(epilog="Example: fastmmoe doctor --json")

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; times are in seconds, the medians of `runs` runs each."""
+    """What `compare` found; times are in seconds, the medians of `runs` runs each, None without any."""
 
     config: FastMMoEConfig
     report: PrefillReport
-    dense_prefill: float
-    fast_prefill: float
+    dense_prefill: float | None
+    fast_prefill: float | None
     runs: int
     dense_answer: str
     fast_answer: str
@@ -73,7 +73,7 @@ def compare(
     Args:
         inputs: of one sample, see `build_inputs`.
         max_new_tokens: length of the answers.
-        runs: timed prefills of each way.
+        runs: timed prefills of each way; 0 times none.
         progress: called with a few words before every step; there are `2 + runs` of them.
 
     Raises:
@@ -108,7 +108,8 @@ def compare(
         dense.append(prefill())
         with fastmmoe.enabled(model, config):
             fast.append(prefill())
-    return Comparison(config, report, median(dense), median(fast), runs, dense_answer, fast_answer)
+    times = (median(dense), median(fast)) if runs else (None, None)
+    return Comparison(config, report, *times, runs, dense_answer, fast_answer)
 
 
 def _wait(device: torch.device) -> None:

@@ -22,6 +22,7 @@ from fastmmoe import experts
 from fastmmoe.adapters import find_text_model
 from fastmmoe.config import ReductionConfig
 from fastmmoe.gates import is_linear
+from fastmmoe.packing import read_packed_layout
 from fastmmoe.patches import Patches
 from fastmmoe.prefill import CACHE_STATE, NO_EFFECT, CacheState, ForwardPass, Segment, ThreadState
 from fastmmoe.prune_layer import PruneLayer
@@ -172,6 +173,9 @@ class Hooks:
         if vision is None and local.fixed_layout is None and state is None:
             return
         self._check_inputs(module, inputs)
+        if inputs.get("cu_seq_lens_q") is not None:
+            self._begin_packed(inputs, vision)
+            return
         if local.fixed_layout is not None:
             self._begin_fixed(inputs, cache, state)
             return
@@ -192,8 +196,8 @@ class Hooks:
         layout = None
         if vision is not None:
             layout = VisionLayout.from_mask(vision, None if new_mask is None else new_mask.to(vision.device))
-            if any(layout.n_vision) and sum(layout.n_vision) < self.config.min_vision_tokens:
-                self.last, self.skipped, layout = [Segment.from_layout(layout)], True, None
+            if self._skips(layout):
+                layout = None
         if layout is not None and (any(layout.n_vision) or state is not None):
             self._begin(inputs, layout, cache, past, state, old_mask)
         elif state is not None:
@@ -201,6 +205,25 @@ class Hooks:
             # one token per sample is a decode step; it would not be decoded if it were padding
             segment = Segment(valid, n == 1 or new_mask is None)
             local.forward_pass = ForwardPass(self.text_config, [segment], cache, past, state, old_mask)
+
+    def _skips(self, layout: VisionLayout) -> bool:
+        """Whether a forward has too few vision tokens to gain anything; the report is told."""
+        if not 0 < sum(layout.n_vision) < self.config.min_vision_tokens:
+            return False
+        self.last, self.skipped = [Segment.from_layout(layout)], True
+        return True
+
+    def _begin_packed(self, inputs: dict[str, Any], vision: torch.Tensor | None) -> None:
+        """A forward over one row of samples, see `fastmmoe.pack_batch`."""
+        if self._local.fixed_layout is not None:
+            raise ValueError("cu_seq_lens_q: packed batches are not supported within fixed_layout")
+        if inputs.get("past_key_values") is not None or inputs.get("use_cache") is not False:
+            raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")
+        if inputs.get("attention_mask") is not None:
+            raise ValueError("attention_mask: expected None with cu_seq_lens_q, got one")
+        layout = read_packed_layout(vision, inputs["cu_seq_lens_q"])
+        if any(layout.n_vision) and not self._skips(layout):
+            self._begin(inputs, layout, None, 0, None, None, packed=True)
 
     def _begin_fixed(self, inputs: dict[str, Any], cache: Any, state: CacheState | None) -> None:
         """A forward on an empty cache whose layout is known: nothing is read from the device."""
@@ -226,14 +249,21 @@ class Hooks:
         past: int,
         state: CacheState | None,
         old_mask: torch.Tensor | None,
+        packed: bool = False,
     ) -> None:
         """Start a forward with vision tokens."""
         self._check_prompt_ends(layout)
-        back = self._local.back if self._local.back < min(layout.tails) else 0
-        segments = [Segment.from_layout(layout)]
-        current = ForwardPass(self.text_config, segments, cache, past, state, old_mask, back)
+        # of a row, the last logits are those of its last sample: no candidates
+        back = self._local.back if self._local.back < min(layout.tails) and not packed else 0
+        segment = Segment.from_layout(layout, packed)
+        current = ForwardPass(self.text_config, [segment], cache, past, state, old_mask, back)
+
+        def embeddings() -> torch.Tensor:
+            row = self._embeddings(inputs)
+            return segment.packing.pad(row) if packed else row
+
         if self._stages:
-            current.prompt = self._pruning.read_prompt(lambda: self._embeddings(inputs), layout, back)
+            current.prompt = self._pruning.read_prompt(embeddings, layout, back)
         self._local.forward_pass = current
 
     def _embeddings(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -248,8 +278,6 @@ class Hooks:
             )
         if inputs.get("output_router_logits") or getattr(self.text_config, "output_router_logits", False):
             raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
-        if inputs.get("cu_seq_lens_q") is not None:
-            raise ValueError("cu_seq_lens_q: packed batches are not supported while FastMMoE is enabled")
 
     def _check_prompt_ends(self, layout: VisionLayout) -> None:
         """A sample's last token asks for the others and answers: it must not be pruned itself."""
@@ -296,6 +324,10 @@ class Hooks:
                     kwargs["position_embeddings"] = current.rope(behind, hidden.device)
                     # gaps in position ids look like packed sequences to flash attention, and RoPE is applied already
                     kwargs["position_ids"] = None
+                if segment.packing is not None:
+                    bounds, longest = segment.packing.bounds, max(segment.layout.lengths)
+                    kwargs |= dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+                    kwargs |= dict(max_length_q=longest, max_length_k=longest)
         if number in self._stages and current.has_vision:
             self._stages[number].enter(current, kwargs)
         return args, kwargs

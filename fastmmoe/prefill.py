@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 
+from fastmmoe.packing import Packing
 from fastmmoe_kernels import PrunedBatch, VisionLayout
 
 NO_EFFECT = "fastmmoe: no effect: only {} pruned or reduced; something in this model goes past its layers' modules"
@@ -25,6 +26,7 @@ class Segment:
         index: int64 [B, n'], position of each token among the forward's input, -1 at padding; None: the input itself.
         merged: bool [B, n'], tokens that the prune stage in front of this stretch merged, for the report.
         rope: RoPE tables (cos, sin) [B, n', D] of the survivors, at their original positions; None: the forward's own.
+        packing: where these tokens stand in the layers' one row [1, T'], in a packed batch.
     """
 
     valid: torch.Tensor
@@ -33,15 +35,24 @@ class Segment:
     index: torch.Tensor | None = None
     merged: torch.Tensor | None = None
     rope: tuple[torch.Tensor, ...] | None = None
+    packing: Packing | None = None
 
     @classmethod
-    def from_layout(cls, layout: VisionLayout) -> "Segment":
-        return cls(layout.valid_mask, layout.is_full, layout)
+    def from_layout(cls, layout: VisionLayout, packed: bool = False) -> "Segment":
+        return cls(layout.valid_mask, layout.is_full, layout, packing=Packing.of(layout) if packed else None)
 
     @classmethod
-    def after(cls, pruned: PrunedBatch) -> "Segment":
+    def after(cls, pruned: PrunedBatch, packed: bool = False) -> "Segment":
         """The segment behind a prune stage."""
-        return cls(pruned.valid, pruned.layout.is_full, pruned.layout, pruned.index, pruned.merged, pruned.rope)
+        packing = Packing.of(pruned.layout) if packed else None
+        return cls(
+            pruned.valid, pruned.layout.is_full, pruned.layout, pruned.index, pruned.merged, pruned.rope, packing
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens per row, as the layers see them."""
+        return tuple(self.valid.shape) if self.packing is None else (1, self.packing.tokens)
 
 
 @dataclass
@@ -152,8 +163,12 @@ class ForwardPass:
         segment = self.segments[-1]
         key = ("tokens", len(self.segments), device)
         if key not in self._memo:
-            padding = None if segment.is_full else ~segment.valid.flatten().to(device)
-            self._memo[key] = segment.layout.vision_mask.flatten().to(device), padding
+            vision = segment.layout.vision_mask
+            if segment.packing is not None:
+                self._memo[key] = segment.packing.pack(vision).flatten().to(device), None
+            else:
+                padding = None if segment.is_full else ~segment.valid.flatten().to(device)
+                self._memo[key] = vision.flatten().to(device), padding
         return self._memo[key]
 
     def key_count(self, number: int) -> int:
@@ -178,7 +193,21 @@ class ForwardPass:
     def attention_mask_for(self, number: int, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """The mask of a layer behind `number` prune layers, in the form its attention implementation takes."""
         key = ("mask", number, hidden.device)
-        if key not in self._memo:
+        packing = self.segment(number).packing
+        if key not in self._memo and packing is not None:
+            self._memo[key] = None
+            # flash attention goes by cu_seq_lens
+            if "flash" not in self.text_config._attn_implementation:
+                sample = packing.sample.to(hidden.device).unsqueeze(0)
+                self._memo[key] = create_causal_mask(
+                    config=self.text_config,
+                    inputs_embeds=hidden,
+                    attention_mask=None,
+                    past_key_values=None,
+                    and_mask_function=packed_sequence_mask_function(sample),
+                    allow_is_causal_skip=False,
+                )
+        elif key not in self._memo:
             full = self.is_full(number)
             self._memo[key] = create_causal_mask(
                 config=self.text_config,
@@ -195,7 +224,9 @@ class ForwardPass:
         """RoPE tables [B, n, D] of the layers behind `number` prune layers."""
         key = ("rope", number, device)
         if key not in self._memo:
-            self._memo[key] = tuple(table.to(device) for table in self.segment(number).rope)
+            segment = self.segment(number)
+            tables = segment.rope if segment.packing is None else map(segment.packing.pack, segment.rope)
+            self._memo[key] = tuple(table.to(device) for table in tables)
         return self._memo[key]
 
     def remember(self) -> None:
@@ -215,10 +246,12 @@ class ForwardPass:
 
     def restore_length(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, n', H] of the last segment -> [B, n, H] of the forward's input, zeros where tokens were dropped."""
-        segment = self.segments[-1]
-        n = self.segments[0].valid.shape[1]
+        segment, n = self.segments[-1], self.segments[0].shape[1]
         full = hidden.new_zeros(hidden.shape[0], n + 1, hidden.shape[2])  # the last row takes the padding
         index = segment.index.to(hidden.device)
+        if segment.packing is not None:
+            row = self.segments[0].packing.row.to(hidden.device)
+            index = segment.packing.pack(row.gather(1, index.clamp_min(0)))
         target = torch.where(index >= 0, index, n).unsqueeze(-1).expand_as(hidden)
         return full.scatter_(1, target, hidden)[:, :n]
 

@@ -77,8 +77,10 @@ class PruneLayer:
 
     def _look(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         current = self._local.forward_pass
-        behind = len(current.segments) - 1
+        behind, packing = len(current.segments) - 1, current.segments[-1].packing
         mask = None if current.is_full(behind) else current.key_mask(behind, key.device)
+        if packing is not None:
+            query, key = packing.pad(query, dim=2), packing.pad(key, dim=2)
         # a static cache is longer than its contents
         key = key[:, :, : current.key_count(behind)]
         layout = current.segments[-1].layout.to(query.device)
@@ -108,8 +110,8 @@ class PruneLayer:
             return None
         stage.short_residual = stage.short_residual + output.view_as(stage.short_residual)
         # the layer adds this to its own, longer residual stream; `_return_short_stream` returns the short sum instead
-        longer = self._local.forward_pass.segments[-2].valid
-        return output.new_zeros(()).expand(longer.shape + output.shape[-1:])
+        longer = self._local.forward_pass.segments[-2].shape
+        return output.new_zeros(()).expand(*longer, output.shape[-1])
 
     def _return_short_stream(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         stage = self._running
@@ -138,6 +140,9 @@ class PruneLayer:
             raise RuntimeError(
                 "fastmmoe: no effect: a prune layer's attention did not ask which implementation to call"
             )
+        rope, packing = stage.rope, segment.packing
+        if packing is not None:
+            hidden, residual, *rope = map(packing.pad, (hidden, residual, *rope))
         pruned = self._pruning.prune(
             StageInput(
                 stage=self.stage,
@@ -147,12 +152,15 @@ class PruneLayer:
                 seen=None if stage.seen is None else stage.seen.to(device),
                 prompt=None if current.prompt is None else current.prompt.to(device),
                 gate_probs=self._gate_probs,
-                rope=tuple(table.to(device) for table in stage.rope),
+                rope=tuple(table.to(device) for table in rope),
                 source=None if segment.index is None else segment.index.to(device),
             )
         )
-        current.segments.append(Segment.after(pruned))
-        return pruned
+        current.segments.append(Segment.after(pruned, packed=packing is not None))
+        if packing is None:
+            return pruned
+        pack = current.segments[-1].packing.pack
+        return pruned._replace(hidden=pack(pruned.hidden), residual=pack(pruned.residual))
 
     def _gate_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         gate = self._adapter.gate_of(self._layer)

@@ -46,7 +46,8 @@ class PartFile:
             found = json.loads(self.path.read_text())
             if found["study"] != self._header["study"]:
                 raise ValueError(
-                    f"{self.path}: holds rows of another study ({found['study']}); give another directory, or start anew"
+                    f"{self.path}: holds rows of another study, of {found['study']}; expected one of "
+                    f"{self._header['study']}: give another directory, or start anew"
                 )
             # where and when the rows there are were made
             self._header = {name: value for name, value in found.items() if name not in ("rows", "complete")}
@@ -84,7 +85,8 @@ def header(study: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "versions": {"fastmmoe": fastmmoe.__version__} | {name: version(name) for name in ("torch", "transformers")},
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # another machine's folders say nothing
+        "command": shlex.join(["fastmmoe", *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:])]),
     }
 
 

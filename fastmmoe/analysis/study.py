@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
-import fastmmoe.scenes
 from fastmmoe import experts
 from fastmmoe.adapters import find_text_model
 from fastmmoe.analysis import methods as grids
@@ -29,6 +28,7 @@ from fastmmoe.analysis.results import PartFile, header, read_parts
 from fastmmoe.analysis.routing import routing_similarity
 from fastmmoe.analysis.timing import prefill_times
 from fastmmoe.processors import load_processor
+from fastmmoe.scenes import CHECKPOINT
 
 # in this order: settings are chosen from the ablations, and times are taken when nothing else runs
 PARTS = {
@@ -40,8 +40,12 @@ PARTS = {
     "chosen": "FastMMoE with the best of the ablations' settings",
     "timing": "prefill times",
 }
-ON_DEV = ("ablations", "chosen")  # parts that settings are chosen in, or that need those
+CHOOSING = ("ablations", "chosen")  # settings are chosen in one, for the other
+OF_LAYERS = {"routing": routing_similarity, "magnitude": magnitude_stability}
 OBSERVED = 500  # prompts that the analyses of layers look at
+
+# (split, methods) -> their rows, as they come
+Evaluate = Callable[[str, list[Method]], Iterator[dict[str, Any]]]
 
 NOTES = (
     "One checkpoint, of one training seed: standard errors cover the questions, not the training.",
@@ -59,7 +63,7 @@ class Settings:
         model: checkpoint directory or hub id; None: the package's own, trained on its scenes.
         data, dev_data: JSONL files of questions (see `read_questions`); None: the package's scenes.
         split: which scenes the results are about; settings are chosen on "dev".
-        n, dev_n: questions to report on and to choose settings by.
+        n, dev_n: questions of `split` and of "dev".
         seed: which scenes.
         batch: prompts per forward.
         max_new_tokens: length of the answers.
@@ -85,12 +89,12 @@ class Settings:
 
     @property
     def checkpoint(self) -> str:
-        return self.model or str(Path(fastmmoe.scenes.__file__).parent / "checkpoint")
+        return self.model or str(CHECKPOINT)
 
     @property
     def default_parts(self) -> tuple[str, ...]:
         """All, or those that need no dev questions where there are none."""
-        return tuple(part for part in PARTS if self.has_dev or part not in ON_DEV)
+        return tuple(part for part in PARTS if self.has_dev or part not in CHOOSING)
 
     @property
     def has_dev(self) -> bool:
@@ -161,7 +165,8 @@ class Session:
                 weight = next(adapter.gate_of(layer).parameters())
                 digest.update(weight.detach().float().cpu().numpy().tobytes())
         return {
-            "name": self.settings.model or "fastmmoe/scenes/checkpoint",
+            # another machine's folders say nothing
+            "name": Path(self.settings.model).name if self.settings.model else "fastmmoe/scenes/checkpoint",
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "layers": self.setting.layers,
             "top_k": self.setting.top_k,
@@ -176,62 +181,88 @@ def session_of(settings: Settings) -> Session:
     return Session(settings)
 
 
-def run(settings: Settings, out: Path, parts: Sequence[str], *, workers: int = 1, resume: bool = False) -> None:
-    """Run parts of the study in the order of `PARTS`; each leaves `<part>.json` and `<part>.csv` in `out`.
+class Study:
+    """Parts of the study, each left as `<part>.json` and `<part>.csv` in a directory.
 
     Args:
-        workers: processes that share the methods of a part.
+        parts: some of `PARTS`; they run in its order.
         resume: keep the rows that are in `out`, and add what is missing.
 
-    Raises:
-        ValueError: unknown parts; questions that cannot be read or are missing; rows of another study in `out`.
+    Raises: on construction, before any work: ValueError for unknown parts, for questions that are missing or cannot be
+        read, for rows of another study in `out`, for an unsupported model; whatever loading the checkpoint raises.
     """
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ValueError(f"parts: unknown {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
-    if not settings.has_dev and (chosen := [part for part in parts if part in ON_DEV]):
-        raise ValueError(f"parts: {', '.join(chosen)} choose settings and need questions of their own (dev_data)")
-    session = session_of(settings)
-    setting = session.setting
-    out.mkdir(parents=True, exist_ok=True)
-    study = {"model": session.describe_model()} | {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(settings).items()
-        if name not in ("model", "threads")
-    }
-    head = header(study, NOTES)
-    files = {part: PartFile(out, part, head, resume) for part in PARTS if part in parts}
-    with _evaluator(settings, workers) as evaluate_all:
 
-        def fill(part: str, split: str, grid: list[Method]) -> None:
-            file = files[part]
-            done = {key_of(row) for row in file.rows}
-            missing = [method for method in grid if method.key not in done]
-            bar = tqdm(total=len(grid), initial=len(grid) - len(missing), desc=part, disable=None, unit="method")
-            with bar:
-                for row in evaluate_all(split, missing):
-                    file.add(row)
-                    bar.update()
-            by_key = {key_of(row): row for row in file.rows}
-            file.finish(by_key[method.key] for method in grid)
+    def __init__(self, settings: Settings, out: Path, parts: Sequence[str], *, resume: bool = False):
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise ValueError(f"parts: unknown {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
+        splits = {settings.split} | ({"dev"} & {split_of(part, settings) for part in parts})
+        if "dev" in splits and not settings.has_dev:
+            needing = [part for part in parts if part in CHOOSING] or ["split dev"]
+            raise ValueError(f"dev_data: none given, and {', '.join(needing)} needs questions to choose settings by")
+        if settings.data is not None:
+            for split in splits:
+                settings.examples(split)
+        if "chosen" in parts and "ablations" not in parts and not read_parts(out, ["ablations"]):
+            raise ValueError(f"parts: chosen needs the ablations, and {out} has no complete ones")
+        self.settings, self.out = settings, out
+        self.session = session_of(settings)
+        out.mkdir(parents=True, exist_ok=True)
+        asked = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(settings).items()
+            if name not in ("model", "threads")
+        }
+        head = header({"model": self.session.describe_model(), **asked}, NOTES)
+        self.files = {part: PartFile(out, part, head, resume) for part in PARTS if part in parts}
 
-        for part, file in files.items():
-            if file.is_complete:
-                continue
-            if part == "methods":
-                fill(part, settings.split, grids.main_grid(setting))
-            elif part == "heatmap":
-                fill(part, settings.split, [grids.dense(), *grids.heatmap_grid(setting)])
-            elif part == "ablations":
-                fill(part, "dev", [grids.dense(), *grids.ablation_grid(setting)])
-            elif part == "chosen":
-                changes = choose(setting, _ablations(out))
-                fill(part, settings.split, grids.chosen_grid(setting, "FastMMoE, chosen on dev", changes))
-            elif part == "routing":
-                file.finish(routing_similarity(session.model, session.observed()))
-            elif part == "magnitude":
-                file.finish(magnitude_stability(session.model, session.observed()))
-            else:
-                file.finish(_times(session))
+    def run(self, workers: int = 1) -> None:
+        """Run all parts; `workers` processes share the methods of a part."""
+        with _evaluator(self.settings, workers) as evaluate_all:
+            for part, file in self.files.items():
+                if file.is_complete:
+                    continue
+                if part == "timing":
+                    file.finish(self._times())
+                elif part in OF_LAYERS:
+                    file.finish(OF_LAYERS[part](self.session.model, self.session.observed()))
+                else:
+                    self._fill(file, part, evaluate_all)
+
+    def _grid(self, part: str) -> list[Method]:
+        setting = self.session.setting
+        if part == "methods":
+            return grids.main_grid(setting)
+        if part == "heatmap":
+            return [grids.dense(), *grids.heatmap_grid(setting)]
+        if part == "ablations":
+            return [grids.dense(), *grids.ablation_grid(setting)]
+        changes = choose(setting, read_parts(self.out, ["ablations"])["ablations"]["rows"])
+        return grids.chosen_grid(setting, "FastMMoE, chosen on dev", changes)
+
+    def _fill(self, file: PartFile, part: str, evaluate_all: Evaluate) -> None:
+        grid = self._grid(part)
+        done = {key_of(row) for row in file.rows}
+        missing = [method for method in grid if method.key not in done]
+        with tqdm(total=len(grid), initial=len(grid) - len(missing), desc=part, disable=None, unit="method") as bar:
+            for row in evaluate_all(split_of(part, self.settings), missing):
+                file.add(row)
+                bar.update()
+        by_key = {key_of(row): row for row in file.rows}
+        file.finish(by_key[method.key] for method in grid)
+
+    def _times(self) -> list[dict[str, Any]]:
+        """Prefill times of the main grid, over one batch of prompts of like length."""
+        settings, model = self.settings, self.session.model
+        methods = grids.main_grid(self.session.setting)
+        batches = self.session.questions(settings.split)[1]
+        batch = batches[len(batches) // 2].first(settings.timing_batch)
+        with tqdm(total=len(methods) * (settings.rounds + 1), desc="timing", disable=None, unit="prefill") as bar:
+            return prefill_times(model, batch, methods, settings.rounds, progress=bar.update)
+
+
+def split_of(part: str, settings: Settings) -> str:
+    """Whose questions a part asks."""
+    return "dev" if part == "ablations" else settings.split
 
 
 def choose(setting: Setting, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -245,28 +276,9 @@ def choose(setting: Setting, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return dict(best)
 
 
-def _ablations(out: Path) -> list[dict[str, Any]]:
-    result = read_parts(out, ["ablations"]).get("ablations")
-    if result is None:
-        raise ValueError(f"parts: chosen needs the ablations, and {out} has no complete ones")
-    return result["rows"]
-
-
-def _times(session: Session) -> list[dict[str, Any]]:
-    """Prefill times of the main grid, over one batch of prompts of like length."""
-    settings = session.settings
-    batches = session.questions(settings.split)[1]
-    methods = grids.main_grid(session.setting)
-    middle = batches[len(batches) // 2]
-    with tqdm(total=len(methods) * (settings.rounds + 1), desc="timing", disable=None, unit="prefill") as bar:
-        return prefill_times(
-            session.model, middle.first(settings.timing_batch), methods, settings.rounds, progress=bar.update
-        )
-
-
 @contextmanager
-def _evaluator(settings: Settings, workers: int) -> Iterator[Any]:
-    """(split, methods) -> rows as they come, from this process or from several."""
+def _evaluator(settings: Settings, workers: int) -> Iterator[Evaluate]:
+    """Evaluate in this process, or in several."""
     if workers == 1:
         yield lambda split, methods: (_evaluate(settings, split, method) for method in methods)
         return

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import fastmmoe
 from fastmmoe.analysis.answers import prefill, reduced
 from fastmmoe.analysis.methods import Method
 from fastmmoe.analysis.prompts import Batch
+from fastmmoe.config import FastMMoEConfig
 
 
 @torch.inference_mode()
@@ -36,7 +38,7 @@ def prefill_times(
 
     Returns:
         A row per method: its description, `seconds` (median), `time_ratio` (median of the rounds' ratios to the first
-        method) with its quartiles, `rounds`, `batch` and `tokens` (of a prompt).
+        method) with its quartiles, `rounds`, `batch` and `tokens` (of a prompt), `flops_ratio`.
     """
     batch = batch.to(model.device)
     order = list(range(len(methods)))
@@ -54,13 +56,23 @@ def prefill_times(
             if number:
                 seconds[which].append(taken)
             progress(1)
-    return [_row(method, taken, seconds[0], batch) for method, taken in zip(methods, seconds, strict=True)]
+    return [
+        {**method.describe(), **_figures(taken, seconds[0], batch), "flops_ratio": flops_ratio(model, batch, method)}
+        for method, taken in zip(methods, seconds, strict=True)
+    ]
 
 
-def _row(method: Method, taken: list[float], first: list[float], batch: Batch) -> dict[str, Any]:
+def flops_ratio(model: PreTrainedModel, batch: Batch, method: Method) -> float:
+    """FLOPs of the language model's prefill over a batch, of the dense model's."""
+    layout = batch.layout
+    n_text = [length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True)]
+    counted = fastmmoe.flops(model, n_text, layout.n_vision, method.config or FastMMoEConfig())
+    return counted.reduced / counted.dense
+
+
+def _figures(taken: list[float], first: list[float], batch: Batch) -> dict[str, Any]:
     ratios = sorted(one / other for one, other in zip(taken, first, strict=True))
     return {
-        **method.describe(),
         "seconds": median(taken),
         "time_ratio": median(ratios),
         "time_ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],

@@ -32,7 +32,7 @@ def _threshold(key_ptr, n, count, BLOCK_N: tl.constexpr):
     """(a key, how many equal to it to take) such that they and all larger keys are the `count` largest."""
     threshold = tl.full((), UNSELECTABLE, tl.int32)
     step = 0
-    above = 0  # keys larger than the threshold
+    above = 0
     reached = -1
     while (step < 32) & (reached != count):
         # set a bit; the first is the sign, and cleared it makes the larger value
@@ -42,10 +42,11 @@ def _threshold(key_ptr, n, count, BLOCK_N: tl.constexpr):
             counts += (tl.load(key_ptr + start + tl.arange(0, BLOCK_N)) >= candidate).to(tl.int32)
         reached = tl.sum(counts, axis=0)
         threshold = tl.where(reached >= count, candidate, threshold)
-        # in the end the last candidate that went too far is the threshold's successor
+        # keys from the last candidate that went too far on: no fewer of the others remain than equal the threshold,
+        # and after 32 steps that candidate is the threshold's successor
         above = tl.where(reached < count, reached, above)
         step += 1
-    return threshold, tl.where(reached == count, count, count - above)
+    return threshold, count - above
 
 
 @triton.jit

@@ -88,6 +88,32 @@ def test_flops_of_a_checkpoint_directory(tmp_path):
     assert figures["saved"] == 0
 
 
+def test_demo(tmp_path):
+    """The trained model answers about its picture, both ways, and most answers are right."""
+    output = tmp_path / "demo.png"
+    figures = json.loads(succeed("demo", "--output", output, "--json"))
+    answers = figures["answers"]
+    assert len(answers) == 11
+    for way in ("dense", "fastmmoe"):
+        assert sum(answer[way] == answer["right"] for answer in answers) >= 8
+    report = figures["report"]
+    assert report["n_vision"] == [100] and report["tokens_per_layer"][-1] == [report["n_text"][0] + 49]
+    assert 0.3 < report["flops"]["saved"] < 0.6
+    assert figures["picture"] == str(output)
+    with Image.open(output) as image:
+        assert image.format == "PNG" and image.width == 1920
+
+
+def test_demo_takes_questions_and_pictures(tmp_path, picture):
+    output = tmp_path / "demo.png"
+    out = succeed("demo", "--question", "how many digits ?", "--output", output)
+    assert "how many digits ?" in out and "right answer" in out and output.exists()
+    options = ["--image", picture, "--question", "digit at r1 c1 ?", "--retention", 1, "--output", output, "--json"]
+    figures = json.loads(succeed("demo", *options))
+    assert [answer["right"] for answer in figures["answers"]] == [None]
+    assert figures["picture"] is None and figures["report"]["stages"] == []
+
+
 def test_bench(tmp_path):
     """The command as it is meant to be used: the photograph, its seven tiles, both answers and the picture."""
     output = tmp_path / "demo.png"

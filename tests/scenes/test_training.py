@@ -1,9 +1,6 @@
 """What the training computes: its experts, its optimiser, its packed sequences, and that it can be interrupted."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +11,10 @@ from quality.dispatch import sorted_experts
 from quality.evaluate import answer_logits, evaluate_generated, evaluate_packed, summarise
 from quality.model import new_model
 from quality.muon import Muon, orthogonalise
+from quality.train import Settings, train
+from safetensors.torch import load_file
 
 from fastmmoe.scenes import generator, questions, scene
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +127,31 @@ def test_schedule():
     assert [schedule.pictures(step, 100, 16) for step in (0, 89, 90, 99)] == [8, 8, 16, 16]
 
 
-def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(tmp_path):
-    """Four steps at once, and the same four in two goes: equal weights, bit by bit."""
-    command = [sys.executable, ROOT / "bench/quality/train.py", "--steps", "2", "--vision-steps", "2", "--processes"]
-    options = ["2", "--dev-every", "2", "--dev-scenes", "2", "--save-every", "1", "--work"]
-    subprocess.run([*command, *options, tmp_path / "once"], check=True)
-    (tmp_path / "twice").mkdir()
-    subprocess.run([*command, *options, tmp_path / "twice", "--minutes", "0"], check=True)
-    assert not (tmp_path / "twice/checkpoint").exists()
-    subprocess.run([*command, *options, tmp_path / "twice", "--resume"], check=True)
-    from safetensors.torch import load_file
+@pytest.fixture
+def settings_of_torch():
+    """A training sets these for its whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
-    once, twice = (load_file(tmp_path / name / "checkpoint/model.safetensors") for name in ("once", "twice"))
-    assert once.keys() == twice.keys()
-    assert all(torch.equal(once[name], twice[name]) for name in once)
-    log = json.loads((tmp_path / "twice/training.json").read_text())["log"]
-    assert [entry["step"] for entry in log if "settings" in entry] == [0, 1]
+
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(tmp_path, settings_of_torch):
+    """Four steps at once, and the same four with a stop in each phase: equal weights, bit by bit."""
+    settings = Settings(processes=1, vision_steps=2, steps=2, vision_batch=4, batch=2, questions=4)
+    options = {"dev_every": 2, "dev_scenes": 1, "save_every": 1}
+    (tmp_path / "once").mkdir()
+    train(0, settings, tmp_path / "once", None, False, options)
+    (tmp_path / "parts").mkdir()
+    for resume in (False, True, True, True):
+        assert not (tmp_path / "parts/checkpoint").exists()
+        train(0, settings, tmp_path / "parts", 0, resume, options)  # no minutes: one step
+    train(0, settings, tmp_path / "parts", None, True, options)
+    once, parts = (load_file(tmp_path / name / "checkpoint/model.safetensors") for name in ("once", "parts"))
+    assert once.keys() == parts.keys()
+    assert all(torch.equal(once[name], parts[name]) for name in once)
+    log = json.loads((tmp_path / "parts/training.json").read_text())["log"]
+    assert [(entry["phase"], entry["step"]) for entry in log if "settings" in entry] == [
+        (1, 0), (1, 1), (1, 2), (2, 1), (2, 2),
+    ]  # fmt: skip
