@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help venv demo test lint aot wheel bench reference clean
 
 help:
-	@echo "make demo       run FastMMoE on a tiny model and a photograph, draw what it kept"
+	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
 	@echo "make test       all tests"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU"

@@ -61,14 +61,14 @@ Neither a digit scan nor a photograph is in two splits:
 | --- | --- | --- |
 {splits}
 
-Dev was watched during the training and test evaluated once, after it. Questions are in a fixed wording, answers a few
-words; r1 is the top row and c1 the left column.
+Dev was watched during the training. Questions are in a fixed wording, answers a few words; r1 is the top row and c1 the
+left column.
 
 ## Training
 
-    {command}
+{commands}
 
-{seconds} minutes on two processes of one thread each ({machine}; the machine was shared), seed {seed}. Phase 1
+{minutes} minutes on two processes of one thread each ({machine}; the machine was shared), seed {seed}. Phase 1
 ({vision_steps} steps of {vision_batch} pictures) trains vision tower and projector to name what a vision token shows,
 with a head that is thrown away; phase 2 ({steps} steps of {half} and then {batch} pictures, {questions} questions each)
 the language model with Muon, the rest with AdamW; load-balancing weight {balance}. The weights are those of the last
@@ -101,6 +101,15 @@ def example_questions() -> dict[str, str]:
         for question in questions(scene("test", number), generator("test", number, 1)):
             asked.setdefault(question.type, question.text)
     return {name: asked[name] for name in TYPES}
+
+
+def training_commands(log: list[dict]) -> str:
+    """The command of the training, and one for every time it was extended; interruptions change nothing."""
+    steps = dict.fromkeys(entry["settings"]["steps"] for entry in log if "settings" in entry)
+    return "\n".join(
+        f"    python bench/quality/train.py --work DIRECTORY --steps {count}{' --resume' if number else ''}"
+        for number, count in enumerate(steps)
+    )
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -156,8 +165,8 @@ def main(
             f"| {split} | {high - low} | {', '.join(Path(name).stem for name in PHOTOGRAPHS[split])} |"
             for split, (low, high) in DIGIT_SAMPLES.items()
         ),
-        command="python bench/quality/train.py --work DIRECTORY",
-        seconds=round(training["seconds"] / 60),
+        commands=training_commands(training["log"]),
+        minutes=round(training["seconds"] / 60),
         machine=training["machine"]["cpu"],
         half=settings["batch"] // 2,
         note=f"\n\n{note}" if note else "",

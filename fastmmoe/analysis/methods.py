@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # ablations: one factor at a time away from a base, whose own setting stands among the values or not
-ABLATION_RETENTION = 0.5
+ABLATION_RETENTIONS = (0.25,)  # where methods differ
 ABLATION_BASES = VARIANTS
 FACTORS: dict[str, tuple[dict[str, Any], ...]] = {
     "window": tuple({"window": window} for window in (1, 2, 3, 5, 10)),
@@ -95,27 +96,34 @@ def _key(row: Mapping[str, Any]) -> tuple:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the grid needs to know of a model: its depth, its K, and its family's preset."""
+    """What the grid needs to know of a model and its prompts.
+
+    Attributes:
+        layers, top_k: the text model's depth and K.
+        preset: of its family, at layers that fit.
+        n_vision: vision tokens of every prompt; None where prompts differ.
+    """
 
     layers: int
     top_k: int
     preset: FastMMoEConfig
+    n_vision: int | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Setting:
+    def of(cls, model: PreTrainedModel, n_vision: int | None) -> Setting:
         adapter, text, _ = find_text_model(model)
         moe = next(layer for layer in text.layers if adapter.is_moe(layer))
         top_k = adapter.routing_options(adapter.gate_of(moe))["top_k"]
         official = _official_layers(model, len(text.layers))
         preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
-        return cls(len(text.layers), top_k, preset)
+        return cls(len(text.layers), top_k, preset, n_vision)
 
     @property
     def placements(self) -> dict[str, tuple[int, ...]]:
-        """Where to prune: the official three layers, and one layer early, a quarter and half of the way up."""
+        """Where to prune: the official three stages, and one layer early, a quarter and half of the way up."""
         # FastV's usual K = 2 prunes behind layer 1
         single = {"early": 1, "quarter": max(2, self.layers // 4), "half": max(3, self.layers // 2)}
-        found = {"three stages": self.preset.prune_layers}
+        found = {"stages": self.preset.prune_layers}
         return found | {name: (layer,) for name, layer in single.items() if layer < self.layers - 1}
 
     @property
@@ -153,9 +161,8 @@ def at(setting: Setting, placement: str, retention: float, experts: Mapping[str,
     if len(layers) == 1:
         config = FastVConfig(layer=layers[0] + 1, retention=retention, **experts)
         yield Method("FastV", placement, retention, (config,))
-    stage = retention ** (1 / len(layers))
-    ratios = (_without_recycled(stage),) * len(layers)
-    yield Method("SparseVLM", placement, retention, (SparseVLMConfig(layers=layers, keep_ratios=ratios, **experts),))
+    schedule = _sparse_schedule(len(layers), retention, setting.n_vision)
+    yield Method("SparseVLM", placement, retention, (SparseVLMConfig(layers=layers, **schedule, **experts),))
     blind = {"prune_layers": layers, "retention": retention, **experts}
     yield Method("uniform", placement, retention, (UniformConfig(**blind),))
     seeds = range(RANDOM_SEEDS)
@@ -188,16 +195,14 @@ def heatmap_grid(setting: Setting) -> list[Method]:
 
 def ablation_grid(setting: Setting) -> list[Method]:
     """One factor at a time away from each base, at every placement, all experts; equal configs once."""
-    seen, methods = set(), []
-    for placement in setting.placements:
+    methods: dict[tuple, Method] = {}
+    for placement, retention in product(setting.placements, ABLATION_RETENTIONS):
         for base, own in ABLATION_BASES.items():
             for factor, settings in {"base": ({},), **FACTORS}.items():
                 for changes in settings:
-                    method = fastmmoe_method(setting, base, placement, ABLATION_RETENTION, {}, own | changes, factor)
-                    if (base, placement, method.configs) not in seen:
-                        seen.add((base, placement, method.configs))
-                        methods.append(method)
-    return methods
+                    method = fastmmoe_method(setting, base, placement, retention, {}, own | changes, factor)
+                    methods.setdefault((base, method.configs), method)
+    return list(methods.values())
 
 
 def chosen_grid(setting: Setting, name: str, changes: Mapping[str, Any]) -> list[Method]:
@@ -220,12 +225,16 @@ def changes_of(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
 def _official_layers(model: PreTrainedModel, depth: int) -> tuple[int, ...]:
     """The preset's prune layers, or, in a model that is not as deep, layers at the same share of a 48-layer model."""
     try:
-        return FastMMoEConfig.preset(model, retention=0.5).prune_layers
+        official = FastMMoEConfig.preset(model, retention=0.5).prune_layers
     except ValueError:
-        layers: list[int] = []
-        for share in (5 / 48, 8 / 48, 12 / 48):
-            layers.append(max(round(share * depth), layers[-1] + 1 if layers else 1))
-        return tuple(layers)
+        official = (depth,)
+    if official[-1] < depth - 1:
+        return official
+    layers: list[int] = []
+    for share in (5 / 48, 8 / 48, 12 / 48):
+        layers.append(max(round(share * depth), layers[-1] + 1 if layers else 1))
+    # behind the last layer there is nothing to save
+    return tuple(layer for layer in layers if layer < depth - 1)
 
 
 def _heatmap_layers(depth: int) -> tuple[int, ...]:
@@ -234,6 +243,21 @@ def _heatmap_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(0, depth, step))
 
 
-def _without_recycled(share: float) -> float:
-    """What SparseVLM keeps so that its clusters, 3 % of what it drops, fill up to `share`."""
-    return max((share - 0.03) / 0.97, 0.01)
+def _sparse_schedule(stages: int, retention: float, n_vision: int | None) -> dict[str, tuple]:
+    """SparseVLM's counts, or ratios where prompts differ: kept and recycled tokens together as many as FastMMoE's."""
+    share = retention ** (1 / stages)
+    if n_vision is None:
+        # the clusters are 3 % of what is dropped
+        return {"keep_ratios": (max((share - 0.03) / 0.97, 0.01),) * stages}
+    counts, n = [], n_vision
+    for _ in range(stages):
+        target = max(1, int(n * share))
+        # the most that stay with their clusters within the target
+        fitting = (kept for kept in range(target, 0, -1) if _sparse_left(kept, n) <= target)
+        counts.append(next(fitting, 1))
+        n = _sparse_left(counts[-1], n)
+    return {"counts": tuple(counts)}
+
+
+def _sparse_left(kept: int, n_vision: int) -> int:
+    return SparseVLMConfig(layers=(0,), counts=(kept,)).vision_left(0, n_vision)

@@ -137,20 +137,21 @@ def magnitude_figure(rows: Sequence[Row]) -> Figure:
 
 
 def ablations_figure(rows: Sequence[Row]) -> Figure:
-    """Accuracy on dev over each factor, a line per base; a row of panels per placement."""
+    """Accuracy on dev over each factor, a line per base; a row of panels per placement and retention."""
     rows = [row for row in rows if row["config"] is not None]
-    placements = _unique(row["placement"] for row in rows)
-    figure, panels = _panels(len(placements), len(FACTORS), 3.2, 2.6, sharey="row")
-    for axes_row, placement in zip(panels, placements, strict=True):
+    places = _unique((row["placement"], row["retention"]) for row in rows)
+    figure, panels = _panels(len(places), len(FACTORS), 3.2, 2.3, sharey="row")
+    for axes_row, place in zip(panels, places, strict=True):
+        here = [row for row in rows if (row["placement"], row["retention"]) == place]
         for axes, (factor, settings) in zip(axes_row, FACTORS.items(), strict=True):
             values = [changes[factor] for changes in settings]
-            for base in _unique(row["method"] for row in rows):
-                line = _factor_line([r for r in rows if (r["placement"], r["method"]) == (placement, base)], factor)
-                places, points = [values.index(value) for value in line], list(line.values())
-                axes.errorbar(places, [row["accuracy"] for row in points], [row["standard_error"] for row in points],
+            for base in _unique(row["method"] for row in here):
+                line = _factor_line([row for row in here if row["method"] == base], factor)
+                ticks, points = [values.index(value) for value in line], list(line.values())
+                axes.errorbar(ticks, [row["accuracy"] for row in points], [row["standard_error"] for row in points],
                               marker="o", markersize=4, capsize=2, color=COLOURS.get(base), label=base)  # fmt: skip
             axes.set_xticks(range(len(values)), [str(value).replace("_", "\n") for value in values], fontsize="small")
-            axes.set_title(f"{factor} ({placement})", fontsize="medium")
+            axes.set_title(f"{factor} ({place[0]}, {place[1]:g} left)", fontsize="medium")
         axes_row[0].set_ylabel("exact match on dev")
     _legend(figure, panels)
     return figure

@@ -51,7 +51,7 @@ NOTES = (
     "One checkpoint, of one training seed: standard errors cover the questions, not the training.",
     "standard_error is binomial; differences of methods are paired, on the same questions.",
     "flops: the language model's prefill per prompt; flops_ratio: of the dense model's.",
-    "ablations run on dev, and the setting with the best mean over placements there is `chosen`; the rest on `split`.",
+    "ablations are on dev; the setting with the best mean over layers and retentions there is `chosen`.",
 )
 
 
@@ -129,8 +129,12 @@ class Session:
         self.model = model.to(device).eval()
         # the same kernels for all methods, the dense model included
         find_text_model(self.model)[1].set_experts_implementation(experts.NAME)
-        self.setting = Setting.of(self.model)
         self._questions: dict[str, tuple[list[Example], list[Batch]]] = {}
+
+    @functools.cached_property
+    def setting(self) -> Setting:
+        counts = {n for batch in self.questions(self.settings.split)[1] for n in batch.layout.n_vision}
+        return Setting.of(self.model, counts.pop() if len(counts) == 1 else None)
 
     def questions(self, split: str) -> tuple[list[Example], list[Batch]]:
         """A split's questions and their prompts."""
@@ -266,7 +270,7 @@ def split_of(part: str, settings: Settings) -> str:
 
 
 def choose(setting: Setting, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The changes to the preset that answer best, in the mean over placements; of equals the one that changes least."""
+    """The changes to the preset that answer best, in the mean of the rows; of equals the one that changes least."""
     accuracies: dict[tuple, list[float]] = {}
     for row in rows:
         if row["config"] is not None:

@@ -147,27 +147,26 @@ def _mean(row: Row | None) -> str:
 
 
 def _ablations(rows: Sequence[Row]) -> str:
-    """Settings by placement, the best mean first."""
-    placements = list(dict.fromkeys(row["placement"] for row in rows if row["placement"]))
-    lines: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        if row["config"] is not None:
-            config = row["config"]
-            names = ("keep_by", "window", "alpha", "merge_ratio", "strategy", "merge_method")
-            lines.setdefault(tuple(config[name] for name in names), {})[row["placement"]] = row
+    """Settings by placement and retention, the best mean first."""
+    pruned = [row for row in rows if row["config"] is not None]
+    places = list(dict.fromkeys((row["placement"], row["retention"]) for row in pruned))
+    names = ("keep_by", "window", "alpha", "merge_ratio", "strategy", "merge_method")
+    lines: dict[tuple, dict[tuple, float]] = {}
+    for row in pruned:
+        setting = tuple(row["config"][name] for name in names)
+        lines.setdefault(setting, {})[row["placement"], row["retention"]] = row["accuracy"]
 
-    def mean(by_placement: Mapping[str, Row]) -> float:
-        return sum(row["accuracy"] for row in by_placement.values()) / len(by_placement)
+    def mean(by_place: Mapping[tuple, float]) -> float:
+        return sum(by_place.values()) / len(by_place)
 
     body = [
-        [*(f"{value}" for value in setting), *(f"{by_placement[name]['accuracy']:.3f}" for name in placements)]
-        + [f"{mean(by_placement):.3f}"]
-        for setting, by_placement in sorted(lines.items(), key=lambda item: -mean(item[1]))
+        [*map(str, setting), *(f"{by_place[place]:.3f}" for place in places), f"{mean(by_place):.3f}"]
+        for setting, by_place in sorted(lines.items(), key=lambda item: -mean(item[1]))
     ]
-    head = ["keep by", "W", "alpha", "merge ratio", "strategy", "merge", *placements, "mean"]
+    head = ["keep by", "W", "alpha", "merge ratio", "strategy", "merge"]
+    head += [*(f"{placement}, {retention:g} left" for placement, retention in places), "mean"]
     error = max(row["standard_error"] for row in rows)
-    note = f"Half of the tokens left, all experts; n {rows[0]['n']}, standard errors up to {error:.3f}."
-    return f"{_table(head, body)}\n\n{note}"
+    return f"{_table(head, body)}\n\nAll experts; n {rows[0]['n']}, standard errors up to {error:.3f}."
 
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -42,8 +42,8 @@ def _threshold(key_ptr, n, count, BLOCK_N: tl.constexpr):
             counts += (tl.load(key_ptr + start + tl.arange(0, BLOCK_N)) >= candidate).to(tl.int32)
         reached = tl.sum(counts, axis=0)
         threshold = tl.where(reached >= count, candidate, threshold)
-        # keys from the last candidate that went too far on: no fewer of the others remain than equal the threshold,
-        # and after 32 steps that candidate is the threshold's successor
+        # keys from the last candidate that went too far on. After 32 steps that is the threshold's successor; after
+        # fewer, `count - above` covers all keys that equal the threshold
         above = tl.where(reached < count, reached, above)
         step += 1
     return threshold, count - above
@@ -129,9 +129,10 @@ def select_kernel(
 @triton.jit
 def _copy_row(x_ptr, out_ptr, is_token, length, BLOCK: tl.constexpr):
     """Write one output row: a copy, or zeros where there is no token."""
+    readable = tl.where(is_token, length, 0)
     for start in range(0, length, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + column, mask=is_token & (column < length), other=0.0)
+        x = tl.load(x_ptr + column, mask=column < readable, other=0.0)
         tl.store(out_ptr + column, x, mask=column < length)
 
 

@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
     spread(model, seed=1)
     with torch.no_grad():  # an image token is nothing to say; the end is, now and then
         model.lm_head.weight[VOCABULARY["<IMG_CONTEXT>"]] = 0.0
-        model.lm_head.weight[VOCABULARY["<eos>"]] *= 2.0
+        model.lm_head.weight[VOCABULARY["<eos>"]] *= 1.5
     model.generation_config = GenerationConfig(
         eos_token_id=VOCABULARY["<eos>"], pad_token_id=VOCABULARY["<pad>"], do_sample=False
     )

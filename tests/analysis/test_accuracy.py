@@ -39,17 +39,21 @@ def generated(session, example, config):
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
+def said(session, example, config):
+    return session.processor.decode(generated(session, example, config), skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_answers_are_those_of_generate(session, config):
     examples, batches = session.questions("test")
     assert any(batch.attention_mask is not None for batch in batches), "no batch has padding"
     assert sorted(number for batch in batches for number in batch.numbers) == list(range(len(examples)))
-    said = {}
+    found = {}
     end = end_tokens(session.model, session.processor)
     for batch in batches:
-        said |= dict(zip(batch.numbers, answer(session.model, batch, config, max_new_tokens=4, end=end), strict=True))
-    assert [said[n] for n in range(len(examples))] == [generated(session, e, config) for e in examples]
-    assert len({tuple(tokens) for tokens in said.values()}) > 3
+        found |= dict(zip(batch.numbers, answer(session.model, batch, config, max_new_tokens=4, end=end), strict=True))
+    assert [found[n] for n in range(len(examples))] == [generated(session, e, config) for e in examples]
+    assert len({tuple(tokens) for tokens in found.values()}) > 2
 
 
 def test_evaluate_counts_right_answers_and_flops(session):
@@ -58,11 +62,12 @@ def test_evaluate_counts_right_answers_and_flops(session):
     right = [number % 3 != 0 for number in range(len(examples))]
     # questions whose answer is what the model says, or is not
     examples = [
-        Example(e.image, e.question, session.processor.decode(generated(session, e, config)) if is_right else "no way",
-                "ab"[number % 2])
+        Example(e.image, e.question, said(session, e, config) if is_right else "no way", "ab"[number % 2])
         for number, (e, is_right) in enumerate(zip(examples, right, strict=True))
-    ]  # fmt: skip
-    row = evaluate(session.model, session.processor, examples, batches, Method("x", configs=(config,)), max_new_tokens=4)
+    ]
+    row = evaluate(
+        session.model, session.processor, examples, batches, Method("x", configs=(config,)), max_new_tokens=4
+    )
     assert row["right"] == "".join("01"[is_right] for is_right in right)
     assert row["accuracy"] == pytest.approx(np.mean(right)) and row["n"] == len(examples)
     assert row["types"] == pytest.approx({"a": np.mean(right[::2]), "b": np.mean(right[1::2])})

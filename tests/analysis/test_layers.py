@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from model.tiny import tiny_batch, tiny_internvl
+from model.tiny import tiny_internvl
 
 from fastmmoe.analysis.magnitude import magnitude_stability
 from fastmmoe.analysis.observe import PerPrompt
@@ -43,7 +43,7 @@ def seen(model, prompts):
             layer.mlp.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0][0]))
             for layer in model.model.language_model.layers
         ]
-        with torch.inference_mode():
+        with torch.no_grad():
             model(inputs_embeds=prompt.embeddings[None])
         for handle in handles:
             handle.remove()
@@ -67,6 +67,7 @@ def table(rows):
     return {(row["layer"], row["modality"], row["quantity"]): row for row in rows}
 
 
+@torch.no_grad()
 def test_routing_similarity(model, prompts, seen):
     found = table(routing_similarity(model, make_batches(prompts, 2)))
     for number, layer in enumerate(model.model.language_model.layers):
@@ -88,6 +89,7 @@ def test_routing_similarity(model, prompts, seen):
                 assert row["standard_error"] == pytest.approx(spread, abs=1e-5)
 
 
+@torch.no_grad()
 def test_magnitude_stability(model, prompts, seen):
     found = table(magnitude_stability(model, make_batches(prompts, 3)))
     for number, layer in enumerate(model.model.language_model.layers):
@@ -116,7 +118,7 @@ def test_prompts_without_a_pair_do_not_count():
     assert row["mean"] == pytest.approx(0.5) and row["prompts"] == 1 and row["standard_error"] is None
 
 
-def test_a_batch_leaves_no_hooks(model, prompts):
+def test_nothing_stays_on_the_model(model, prompts):
+    before = [len(module._forward_hooks) for module in model.modules()]
     routing_similarity(model, make_batches(prompts, 3))
-    assert not any(module._forward_hooks for module in model.modules())
-    assert tiny_batch(model)["input_ids"].shape[0] == 2
+    assert [len(module._forward_hooks) for module in model.modules()] == before

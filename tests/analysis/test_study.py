@@ -1,0 +1,169 @@
+"""The study end to end at tiny size: files that agree with each other, resuming, times, and refusals by the CLI."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastmmoe.analysis import methods, tables
+from fastmmoe.analysis.plots import draw_plots
+from fastmmoe.analysis.results import read_parts
+from fastmmoe.analysis.study import PARTS, Study, choose, session_of
+from fastmmoe.analysis.timing import prefill_times
+from fastmmoe.commands import app
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One retention, one ablation: the grids' shape is another test's."""
+    monkeypatch.setattr(methods, "RETENTIONS", (0.5,))
+    monkeypatch.setattr(methods, "ABLATION_RETENTIONS", (0.25,))
+    factors = {"alpha": ({"alpha": 0.0}, {"alpha": 1.0})}
+    monkeypatch.setattr(methods, "FACTORS", factors)
+    monkeypatch.setattr("fastmmoe.analysis.plots.FACTORS", factors)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
+
+
+def refused(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    return result.stderr
+
+
+def test_study_end_to_end(small, settings, tmp_path):
+    Study(settings, tmp_path, list(PARTS)).run()
+    parts = read_parts(tmp_path, PARTS)
+    assert list(parts) == list(PARTS)
+    rows = parts["methods"]["rows"]
+    assert [row["method"] for row in rows[:2]] == ["dense", "FastMMoE"]
+    assert rows[0]["flops_ratio"] == 1.0 and all(row["flops_ratio"] < 1 for row in rows[1:])
+    assert {row["split"] for row in rows} == {"test"} and {row["n"] for row in rows} == {14}
+    assert {row["split"] for row in parts["ablations"]["rows"]} == {"dev"}
+    assert parts["methods"]["study"]["model"]["layers"] == 5 and "one training seed" in parts["methods"]["notes"][0]
+
+    with (tmp_path / "methods.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in table] == pytest.approx([row["accuracy"] for row in rows], abs=1e-5)
+    assert "right" not in table[0]
+
+    # timed and evaluated alike, and as expensive
+    by_key = {methods.key_of(row): row for row in rows}
+    for row in parts["timing"]["rows"]:
+        assert row["seconds"] > 0 and row["rounds"] == 2 and row["batch"] == 3
+        assert row["flops_ratio"] == pytest.approx(by_key[methods.key_of(row)]["flops_ratio"], abs=0.02)
+    assert parts["timing"]["rows"][0]["time_ratio"] == 1.0
+
+    written = [*tables.write_tables(tmp_path), *draw_plots(tmp_path)]
+    assert {path.name for path in written} == {
+        "comparisons.csv", "tables.md", *(f"{name}.png" for name in (set(PARTS) - {"chosen"}) | {"types"})
+    }  # fmt: skip
+    for path in written:
+        if path.suffix == ".png":
+            assert Image.open(path).size[0] > 500
+    text = (tmp_path / "tables.md").read_text()
+    assert all(f"## {part}" in text for part in set(PARTS) - {"timing"}) and "± 0." in text
+
+
+def test_resume_adds_what_is_missing(small, settings, tmp_path):
+    Study(settings, tmp_path, ["methods"]).run()
+    path = tmp_path / "methods.json"
+    whole = json.loads(path.read_text())
+    marked = [dict(row, accuracy=-1.0) for row in whole["rows"][1:4]]
+    path.write_text(json.dumps(whole | {"complete": False, "rows": marked}))
+    Study(settings, tmp_path, ["methods"], resume=True).run()
+    again = json.loads(path.read_text())
+    assert again["complete"] and [row["method"] for row in again["rows"]] == [row["method"] for row in whole["rows"]]
+    assert [row["accuracy"] == -1.0 for row in again["rows"]][:5] == [False, True, True, True, False]
+    with pytest.raises(ValueError, match="rows of another study"):
+        Study(replace(settings, seed=1), tmp_path, ["methods"], resume=True)
+    Study(settings, tmp_path, ["methods"]).run()
+    assert json.loads(path.read_text())["rows"] == whole["rows"]
+
+
+def test_choose_takes_the_best_mean(settings):
+    setting = session_of(settings).setting
+    grid = [m for m in methods.ablation_grid(setting) if m.retention == 0.25 and m.name == "FastMMoE"]
+
+    def row(method):
+        alpha = method.config.alpha
+        # best in one place, best in the mean
+        accuracy = {0.0: 0.9 if method.placement == "early" else 0.1, 1.0: 0.6}.get(alpha, 0.5)
+        return {"config": method.describe()["config"], "accuracy": accuracy}
+
+    rows = [{"config": None, "accuracy": 1.0}, *map(row, grid)]
+    assert choose(setting, rows) == {"alpha": 1.0}
+    assert choose(setting, [dict(row, accuracy=0.5) for row in rows[1:]]) == {}
+
+
+def test_comparisons_are_of_methods_that_prune_alike():
+    def row(method, placement, top_k, right, config=1):
+        return {
+            "method": method, "placement": placement, "retention": 0.5 if placement else 1.0, "vision_top_k": top_k,
+            "right": right, "flops_ratio": 0.5, "n": len(right), "config": config,
+        }  # fmt: skip
+
+    rows = [
+        row("dense", "", None, "1111", None),
+        row("FastMMoE", "early", None, "1101"),
+        row("FastV", "early", None, "1000"),
+        row("FastV", "half", None, "0000"),
+        row("FastV", "early", 2, "0000"),
+    ]
+    found = {(r["method"], r["against"], r["placement"], r["vision_top_k"]): r for r in tables.comparisons(rows)}
+    assert found["FastMMoE", "FastV", "early", None]["difference"] == pytest.approx(0.5)
+    assert found["FastMMoE", "FastV", "early", None]["standard_error"] == pytest.approx((1 / 3 / 4) ** 0.5)
+    assert found["FastMMoE", "dense", "early", None]["difference"] == pytest.approx(-0.25)
+    assert ("FastV", "FastMMoE", "half", None) not in found and ("FastV", "FastMMoE", "early", 2) not in found
+
+
+def test_times_are_of_the_prefill_alone(settings):
+    session = session_of(settings)
+    batch = session.questions("test")[1][0].first(2)
+    shapes = []
+    text = session.model.model.language_model
+    handle = text.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape), with_kwargs=True
+    )
+    try:
+        rows = prefill_times(session.model, batch, [methods.dense(), methods.heatmap_grid(session.setting)[0]], 3)
+    finally:
+        handle.remove()
+    assert shapes == [torch.Size([2, batch.layout.width, 32])] * 8
+    assert [row["rounds"] for row in rows] == [3, 3]
+
+
+def test_cli_on_own_questions(small, checkpoint, tmp_path):
+    lines = []
+    for index in range(4):
+        Image.new("RGB", (60, 40), (60 * index, 100, 50)).save(tmp_path / f"{index // 2}.png")
+        lines.append({"image": f"{index // 2}.png", "question": "how many digits ?", "answer": "3"})
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "results"
+    result = invoke(
+        "--model", checkpoint, "--data", data, "--out", out, "--parts", "routing,methods", "--n", 3, "--json"
+    )
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    figures = json.loads(result.stdout)["parts"]
+    assert list(figures) == ["methods", "routing"] and {row["n"] for row in figures["methods"]} == {3}
+    assert "right" not in figures["methods"][0] and (out / "methods.png").exists()
+
+
+def test_cli_refuses(checkpoint, tmp_path):
+    out = ("--model", checkpoint, "--out", tmp_path / "out")
+    assert "unknown figures, expected some of methods" in refused(*out, "--parts", "figures")
+    assert "chosen needs the ablations" in refused(*out, "--parts", "chosen")
+    assert "no-such" in refused("--model", tmp_path / "no-such", "--out", tmp_path / "out")
+    questions = tmp_path / "questions.jsonl"
+    assert "cannot be read" in refused(*out, "--data", questions)
+    questions.write_text('{"image": "a.png", "question": "?"}\n')
+    assert "line 1: answer missing" in refused(*out, "--data", questions)
+    assert "dev_data: none given, and ablations needs" in refused(*out, "--data", questions, "--parts", "ablations")
+    assert not (tmp_path / "out").exists()
