@@ -75,10 +75,10 @@ def methods_figure(rows: Sequence[Row]) -> Figure:
 
 
 def types_figure(rows: Sequence[Row]) -> Figure:
-    """Accuracy by type of question at half the tokens, all experts: a panel per placement, a line per method."""
+    """Accuracy by type of question, a quarter of the tokens left, all experts: a panel per placement."""
     dense = next(row for row in rows if row["config"] is None)
     names = list(dense["types"])
-    retention = min((row["retention"] for row in rows), key=lambda share: abs(share - 0.5))
+    retention = min((row["retention"] for row in rows), key=lambda share: abs(share - 0.25))
     shown = [row for row in rows if row["retention"] == retention and row["vision_top_k"] is None]
     placements = _unique(row["placement"] for row in shown)
     columns = min(2, len(placements))
