@@ -4,8 +4,9 @@ A forward with vision tokens passes, in this order: the head (which token asks),
 vision tokens), the text model (the host-side plan), then per decoder layer the mask and RoPE of what is left, and at
 a prune layer the hooks of `PruneLayer`. Behind the last layer the sequence gets its length back.
 
-Gates, experts and layers have their `forward` replaced, on the instance, by one that calls their own: a hook cannot keep
-a module from running, and costs five times as much where there is nothing to do, in every layer of every decode step.
+Gates, experts and layers have their `forward` replaced, on the instance, by one that calls their own: a hook cannot
+keep a module from running, and costs five times as much where there is nothing to do, in every layer of every decode
+step.
 """
 
 import dataclasses
