@@ -80,11 +80,19 @@ class ReductionConfig:
 
 
 class StagedConfig(ReductionConfig):
-    """Base of configs that keep a share at each of some layers: fields `prune_layers`, `retention`, `keep_ratios`."""
+    """Base of configs that keep a share at each of some layers: fields `prune_layers`, `retention`, `keep_ratios`.
+
+    Attributes:
+        steepness: each stage's keep ratio as a share of the one before.
+    """
+
+    steepness = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         if self.keep_ratios is not None:
+            if self.steepness != 1.0:
+                raise ValueError(f"steepness={self.steepness}: expected 1.0 with keep_ratios={self.keep_ratios}")
             if self.retention != 1.0:
                 raise ValueError(
                     f"retention={self.retention} and keep_ratios={self.keep_ratios}: expected one of the two, got both"
@@ -100,6 +108,11 @@ class StagedConfig(ReductionConfig):
                 f"{given} with prune_layers=(): unsupported combination, it would silently do nothing; "
                 "expected the layers to prune at"
             )
+        if self.prune_layers and self.keep_ratios is None and self._first_keep_ratio > 1.0:
+            raise ValueError(
+                f"steepness={self.steepness} with retention={self.retention} over {len(self.prune_layers)} stages: the "
+                f"first one would keep {self._first_keep_ratio:.3f} of its tokens, expected at most 1"
+            )
 
     @property
     def stage_keep_ratios(self) -> tuple[float, ...]:
@@ -107,7 +120,14 @@ class StagedConfig(ReductionConfig):
         if self.keep_ratios is not None:
             return self.keep_ratios
         stages = len(self.prune_layers)
-        return tuple(self.retention ** (1 / stages) for _ in range(stages))
+        first = self._first_keep_ratio if stages else 1.0
+        return tuple(first * self.steepness**stage for stage in range(stages))
+
+    @property
+    def _first_keep_ratio(self) -> float:
+        """That with which all stages together keep `retention`."""
+        stages = len(self.prune_layers)
+        return (self.retention / self.steepness ** (stages * (stages - 1) / 2)) ** (1 / stages)
 
     def vision_left(self, stage: int, n_vision: int) -> int:
         """Vision tokens of one sample that leave a stage (counted from 0) which `n_vision` enter (method section 2.1).
@@ -137,6 +157,8 @@ class FastMMoEConfig(StagedConfig):
         merge_method: "mlerp" or "mean".
         keep_by: what ranks the tokens outside merged windows: "importance" (method section 2.6), or "redundancy", the
             redundancy of their window (**ours**, see `fastmmoe_kernels.prune_batch`).
+        steepness: each stage's keep ratio as a share of the one before, in (0, 1]; below 1, early stages are gentle and
+            later ones harsh (**ours**). For `retention`, not for `keep_ratios`.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         min_vision_tokens: a prefill with fewer vision tokens than this, over its whole batch, runs the stock model:
             below a break-even point, which depends on model and hardware and which `bench/bench_prefill.py` measures,
@@ -160,6 +182,7 @@ class FastMMoEConfig(StagedConfig):
     backend: str = "auto"
     min_vision_tokens: int = 0
     keep_by: str = "importance"
+    steepness: float = 1.0
 
     def pruning(self) -> Pruning:
         return FastMMoEPruning(self)
@@ -382,6 +405,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "backend": choice(BACKENDS),
     "min_vision_tokens": int_from(0),
     "keep_by": choice(KEEP_BY),
+    "steepness": positive_share,
 }
 
 # official variable -> field it sets, how its text is read

@@ -53,6 +53,20 @@ def test_keep_ratios_are_the_stages():
     assert FastMMoEConfig(prune_layers=(0, 4), keep_ratios=(0.5, 0.25)).stage_keep_ratios == (0.5, 0.25)
 
 
+def test_steepness_by_hand():
+    # 0.8 * 0.4 * 0.2 = 0.064
+    config = FastMMoEConfig(prune_layers=(1, 3, 5), retention=0.064, steepness=0.5)
+    assert config.stage_keep_ratios == pytest.approx((0.8, 0.4, 0.2))
+    assert FastMMoEConfig(prune_layers=(2,), retention=0.3, steepness=0.5).stage_keep_ratios == pytest.approx((0.3,))
+    assert FastMMoEConfig(steepness=0.5).stage_keep_ratios == ()
+    with pytest.raises(ValueError, match="steepness=0.5 with retention=0.5 over 3 stages.*keep 1.587"):
+        FastMMoEConfig(prune_layers=(1, 3, 5), retention=0.5, steepness=0.5)
+    with pytest.raises(ValueError, match="steepness=0.9: expected 1.0 with keep_ratios"):
+        FastMMoEConfig(prune_layers=(1,), keep_ratios=(0.5,), steepness=0.9)
+    with pytest.raises(ValueError, match="steepness"):
+        FastMMoEConfig(steepness=0.0)
+
+
 BAD = [
     ("vision_top_k", 0, ValueError),
     ("vision_top_k", True, TypeError),
