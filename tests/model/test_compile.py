@@ -17,6 +17,12 @@ LAYERS = {"fewer experts and pruning": 1, "behind a prune layer": 2, "last": 5}
 
 
 @pytest.fixture(autouse=True)
+def poison_empty():
+    """In place of the one for all tests: Dynamo traces torch's own functions, and remembers which those are."""
+    torch._dynamo.trace_rules.clear_lru_cache()
+
+
+@pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()
     # every layer is the same code with other hooks and other lengths, and compiles anew
