@@ -5,6 +5,7 @@ import torch
 from fastmmoe_kernels.attention.reference import last_query_attention_reference
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.checks import FLOATS, check_float, check_tensor
+from fastmmoe_kernels.library import register
 
 
 def last_query_attention(
@@ -46,8 +47,7 @@ def last_query_attention(
     return _last_query_attention(query, key, key_mask, float(scale), resolve_backend(backend, query))
 
 
-@torch.library.custom_op("fastmmoe::last_query_attention", mutates_args=())
-def _last_query_attention(
+def _run(
     query: torch.Tensor,
     key: torch.Tensor,
     key_mask: torch.Tensor | None,
@@ -61,6 +61,8 @@ def _last_query_attention(
     return run(query, key, key_mask, scale)
 
 
-@_last_query_attention.register_fake
-def _(query, key, key_mask, scale, backend):
+def _fake(query, key, key_mask, scale, backend):
     return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
+
+
+_last_query_attention = register("last_query_attention", _run, _fake)

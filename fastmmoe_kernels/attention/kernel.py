@@ -4,10 +4,13 @@ Launch 1 reads each key once, for all query heads of its group, and leaves the l
 sum of exponentials. Launch 2 combines the blocks' statistics and averages the probabilities over heads.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
+from fastmmoe_kernels.grid import cdiv
 from fastmmoe_kernels.variant import KernelVariant
 
 
@@ -124,6 +127,7 @@ def attention_mean_kernel(
     tl.store(output_ptr + batch * num_keys + position, total / NUM_HEADS, mask=position < num_keys)
 
 
+@cache
 def attention_blocks(heads_per_group: int, head_dim: int, itemsize: int) -> dict[str, int]:
     """Block sizes of launch 1: rows of 128 bytes, at most 4,096 logits per program, 16 at least as `tl.dot` wants."""
     block_g = max(16, triton.next_power_of_2(heads_per_group))
@@ -134,6 +138,7 @@ def attention_blocks(heads_per_group: int, head_dim: int, itemsize: int) -> dict
     }
 
 
+@cache
 def mean_blocks(num_heads: int) -> dict[str, int]:
     """Block sizes of launch 2, beside launch 1's BLOCK_N."""
     return {"BLOCK_H": min(16, triton.next_power_of_2(num_heads)), "BLOCK_S": 64}
@@ -151,7 +156,7 @@ def last_query_attention_triton(
     if output.numel() == 0:
         return output
     blocks = attention_blocks(num_heads // num_kv_heads, head_dim, key.element_size())
-    num_blocks = triton.cdiv(num_keys, blocks["BLOCK_N"])
+    num_blocks = cdiv(num_keys, blocks["BLOCK_N"])
     # whole blocks: every row of logits starts aligned, whatever the number of keys
     logits = query.new_empty(batch_size, num_heads, num_blocks * blocks["BLOCK_N"], dtype=torch.float32)
     block_max = query.new_empty(batch_size, num_heads, num_blocks, dtype=torch.float32)

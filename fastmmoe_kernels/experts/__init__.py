@@ -5,6 +5,7 @@ import torch
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.checks import FLOATS, check_choice, check_tensor
 from fastmmoe_kernels.experts.reference import moe_experts_reference
+from fastmmoe_kernels.library import register
 
 ACTIVATIONS = ("silu",)
 
@@ -51,8 +52,7 @@ def moe_experts(
     return _moe_experts(hidden, gate_up_proj, down_proj, ids, weights, resolve_backend(backend, hidden))
 
 
-@torch.library.custom_op("fastmmoe::moe_experts", mutates_args=())
-def _moe_experts(
+def _run(
     hidden: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
@@ -67,6 +67,8 @@ def _moe_experts(
     return run(hidden, gate_up_proj, down_proj, ids, weights)
 
 
-@_moe_experts.register_fake
-def _(hidden, gate_up_proj, down_proj, ids, weights, backend):
+def _fake(hidden, gate_up_proj, down_proj, ids, weights, backend):
     return hidden.new_empty(hidden.shape)
+
+
+_moe_experts = register("moe_experts", _run, _fake)

@@ -1,11 +1,13 @@
 """Sort (token, slot) pairs by expert and cut them into row tiles, on the device, in two launches."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from fastmmoe_kernels.grid import cdiv
 from fastmmoe_kernels.variant import KernelVariant
 
 # chunks of pairs, one program each; every program of the second launch reads every chunk's counts
@@ -111,6 +113,7 @@ def place_pairs_kernel(
     tl.store(tile_end_ptr + tile, tl.sum(tl.where(is_owner, end[None, :], 0), axis=1), mask=tile < num_tiles)
 
 
+@cache
 def dispatch_blocks(num_experts: int) -> dict[str, int]:
     """Block sizes: about 8,192 numbers per two-dimensional block."""
     block_e = triton.next_power_of_2(num_experts)
@@ -127,14 +130,14 @@ def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatc
     tile_expert, tile_first, tile_end = (ids.new_empty(num_tiles, dtype=torch.int32) for _ in range(3))
     blocks = dispatch_blocks(num_experts)
     counting = {name: blocks[name] for name in ("BLOCK_P", "BLOCK_E")}
-    steps = triton.cdiv(num_pairs, MAX_CHUNKS * blocks["BLOCK_P"])
-    num_chunks = triton.cdiv(num_pairs, steps * blocks["BLOCK_P"])
+    steps = cdiv(num_pairs, MAX_CHUNKS * blocks["BLOCK_P"])
+    num_chunks = cdiv(num_pairs, steps * blocks["BLOCK_P"])
     counts = ids.new_empty(num_chunks, blocks["BLOCK_E"], dtype=torch.int32)
     ids = ids.contiguous()
     count_pairs_kernel[(num_chunks,)](
         ids, counts, num_pairs, steps, NUM_EXPERTS=num_experts, **counting, num_warps=NUM_WARPS
     )
-    place_pairs_kernel[(max(num_chunks, triton.cdiv(num_tiles, TILES_PER_PROGRAM)),)](
+    place_pairs_kernel[(max(num_chunks, cdiv(num_tiles, TILES_PER_PROGRAM)),)](
         ids,
         counts,
         order,

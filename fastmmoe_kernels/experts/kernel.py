@@ -1,6 +1,6 @@
 """The experts as Triton kernels: gather + gate_up GEMM + SwiGLU, down GEMM, weighted sum per token."""
 
-import functools
+from functools import cache
 
 import torch
 import triton
@@ -8,6 +8,7 @@ import triton.language as tl
 
 from fastmmoe_kernels.experts.dispatch import dispatch_pairs, dispatch_variants
 from fastmmoe_kernels.experts.tiles import BLOCK_M, TILES, ExpertTiles, GemmTile, expert_tiles
+from fastmmoe_kernels.grid import cdiv
 from fastmmoe_kernels.variant import KernelVariant
 
 
@@ -158,7 +159,7 @@ def moe_experts_triton(
 
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     act = hidden.new_empty(num_pairs, intermediate)
-    gate_up_kernel[(num_tiles * triton.cdiv(intermediate, tiles.gate_up.block_n),)](
+    gate_up_kernel[(num_tiles * cdiv(intermediate, tiles.gate_up.block_n),)](
         hidden,
         gate_up_proj.contiguous(),
         order,
@@ -173,7 +174,7 @@ def moe_experts_triton(
         **_launch(tiles.gate_up),
     )
     rows = hidden.new_empty(num_pairs, width)
-    down_kernel[(num_tiles * triton.cdiv(width, tiles.down.block_n),)](
+    down_kernel[(num_tiles * cdiv(width, tiles.down.block_n),)](
         act,
         down_proj.contiguous(),
         *schedule,
@@ -186,7 +187,7 @@ def moe_experts_triton(
     )
     out = hidden.new_empty(num_tokens, width)
     block_h = combine_block(width)
-    combine_kernel[(num_tokens, triton.cdiv(width, block_h))](
+    combine_kernel[(num_tokens, cdiv(width, block_h))](
         rows, position, weights.contiguous(), out, H=width, K=top_k, BLOCK_H=block_h
     )
     return out
@@ -202,12 +203,13 @@ def _launch(tile: GemmTile) -> dict[str, int]:
     }
 
 
+@cache
 def combine_block(width: int) -> int:
     """Columns per program: 8 elements for each of 128 threads."""
     return min(1024, triton.next_power_of_2(width))
 
 
-@functools.cache
+@cache
 def device_target(device: torch.device) -> str:
     """Such as "sm_90" or "gfx942"; "cpu" under the interpreter."""
     if device.type != "cuda":

@@ -6,6 +6,7 @@ spilling registers. A new GPU costs a row in `TILES` and one in `SHARED_MEMORY`.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -103,10 +104,20 @@ def expert_tiles(
         pairs_per_expert: mean over all experts, T * K / E.
         hidden, intermediate: H and I.
     """
-    by_rows = TILES_FLOAT32 if dtype == torch.float32 else TILES.get(target, TILES[DEFAULT_TARGET])
+    by_rows = _rows(target, dtype)
     fitting = [rows for rows in by_rows if pairs_per_expert <= BLOCK_M[rows]]
     block_m = min(fitting, default=max(by_rows))
-    gate_up, down = by_rows[block_m]
+    return _tiles(target, dtype, block_m, hidden, intermediate)
+
+
+def _rows(target: str, dtype: torch.dtype) -> dict[int, tuple[GemmTile, GemmTile]]:
+    return TILES_FLOAT32 if dtype == torch.float32 else TILES.get(target, TILES[DEFAULT_TARGET])
+
+
+@cache
+def _tiles(target: str, dtype: torch.dtype, block_m: int, hidden: int, intermediate: int) -> ExpertTiles:
+    """The row's tiles, as large as matrices and memory allow."""
+    gate_up, down = _rows(target, dtype)[block_m]
     return ExpertTiles(
         block_m,
         _clamp(gate_up, target, block_m, 2, dtype.itemsize, inner=hidden, columns=intermediate),

@@ -9,6 +9,7 @@ import torch
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.checks import FLOATS, check_choice, check_int, check_tensor
 from fastmmoe_kernels.layout import VisionLayout, check_prune_ratios
+from fastmmoe_kernels.library import register
 from fastmmoe_kernels.prune.reference import prune_batch_reference
 from fastmmoe_kernels.redundancy import check_layout, check_redundancy_settings, window_scores
 from fastmmoe_kernels.redundancy.reference import window_head
@@ -240,15 +241,8 @@ def _run(
     )  # fmt: skip
 
 
-# as torch.library.custom_op does, without its 30 microseconds of Python in every call
-torch.library.define("fastmmoe::prune_batch", torch.library.infer_schema(_run, mutates_args=()))
-torch.library.impl("fastmmoe::prune_batch", "default", _run)
-_prune_batch = torch.ops.fastmmoe.prune_batch.default
-
-
-@torch.library.register_fake("fastmmoe::prune_batch")
-def _(hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
-      merge_method, backend):  # fmt: skip
+def _fake(hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
+          merge_method, backend):  # fmt: skip
     batch, _, features = hidden.shape
     return (
         hidden.new_empty(batch, width, features),
@@ -259,3 +253,6 @@ def _(hidden, residual, importance, redundancy, windows, run_rank, table, rope, 
         run_rank.new_empty(batch, width),
         [angles.new_empty(batch, width, angles.shape[2]) for angles in rope],
     )
+
+
+_prune_batch = register("prune_batch", _run, _fake)

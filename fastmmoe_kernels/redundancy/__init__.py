@@ -5,6 +5,7 @@ import torch
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.checks import check_choice, check_float, check_int, check_tensor
 from fastmmoe_kernels.layout import VisionLayout
+from fastmmoe_kernels.library import register
 from fastmmoe_kernels.redundancy.reference import window_scores_reference
 
 STRATEGIES = ("hybrid", "routing_similarity", "dynamic_attention")
@@ -88,15 +89,11 @@ def _run(
     return run(probs, importance, run_rank, window, alpha, strategy)
 
 
-# as torch.library.custom_op does, without its 30 microseconds of Python in every call
-torch.library.define("fastmmoe::window_scores", torch.library.infer_schema(_run, mutates_args=()))
-torch.library.impl("fastmmoe::window_scores", "default", _run)
-window_scores = torch.ops.fastmmoe.window_scores.default
-
-
-@torch.library.register_fake("fastmmoe::window_scores")
-def _(probs, importance, run_rank, window, alpha, strategy, backend):
+def _fake(probs, importance, run_rank, window, alpha, strategy, backend):
     return (
         *(torch.empty_like(run_rank, dtype=torch.float32) for _ in range(3)),
         run_rank.new_empty(run_rank.shape[0]),
     )
+
+
+window_scores = register("window_scores", _run, _fake)

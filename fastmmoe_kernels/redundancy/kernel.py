@@ -1,5 +1,7 @@
 """Window redundancy in Triton: one program per token scores the window it heads, one per sample normalises."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -118,8 +120,7 @@ def window_scores_triton(
             probs.stride(1),
             E=num_experts,
             WINDOW=window,
-            BLOCK_W=triton.next_power_of_2(window),
-            BLOCK_E=triton.next_power_of_2(num_experts),
+            **similarity_blocks(window, num_experts),
         )
     if batch:
         window_redundancy_kernel[(batch,)](
@@ -129,6 +130,11 @@ def window_scores_triton(
     return similarity, attention, redundancy, windows
 
 
+@cache
+def similarity_blocks(window: int, num_experts: int) -> dict[str, int]:
+    return {"BLOCK_W": triton.next_power_of_2(window), "BLOCK_E": triton.next_power_of_2(num_experts)}
+
+
 def aot_variants() -> list[KernelVariant]:
     """Every shipped configuration, for `python -m fastmmoe_kernels.aot`."""
     variants = [
@@ -136,7 +142,7 @@ def aot_variants() -> list[KernelVariant]:
             window_similarity_kernel,
             {"probs_ptr": "*fp32", "importance_ptr": "*fp32", "rank_ptr": "*i32", "similarity_ptr": "*fp32",
              "attention_ptr": "*fp32", "n": "i32", "stride_batch": "i32", "stride_token": "i32"},
-            {"E": experts, "WINDOW": 3, "BLOCK_W": 4, "BLOCK_E": triton.next_power_of_2(experts)},
+            {"E": experts, "WINDOW": 3, **similarity_blocks(3, experts)},
             unaligned=("stride_token",) if experts % 16 else (),
         )
         for experts in (64, 72, 128)

@@ -6,6 +6,7 @@ import torch
 
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.checks import FLOATS, check_choice, check_float, check_int, check_tensor
+from fastmmoe_kernels.library import register
 from fastmmoe_kernels.routing.reference import gate_routing_reference, topk_routing_reference
 
 SCORINGS = ("softmax", "sigmoid")
@@ -185,8 +186,7 @@ def _check_routing(
     )
 
 
-@torch.library.custom_op("fastmmoe::topk_routing", mutates_args=())
-def _topk_routing(
+def _run_topk(
     logits: torch.Tensor,
     vision_mask: torch.Tensor | None,
     padding_mask: torch.Tensor | None,
@@ -223,14 +223,12 @@ def _topk_routing(
     )
 
 
-@_topk_routing.register_fake
-def _(logits, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob, n_group,
-      topk_group, routed_scaling_factor, renormalize, return_probs, backend):  # fmt: skip
+def _fake_topk(logits, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob,
+               n_group, topk_group, routed_scaling_factor, renormalize, return_probs, backend):  # fmt: skip
     return _fake_outputs(logits, *logits.shape, top_k, return_probs)
 
 
-@torch.library.custom_op("fastmmoe::gate_routing", mutates_args=())
-def _gate_routing(
+def _run_gate(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     vision_mask: torch.Tensor | None,
@@ -269,9 +267,8 @@ def _gate_routing(
     )
 
 
-@_gate_routing.register_fake
-def _(hidden, weight, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob, n_group,
-      topk_group, routed_scaling_factor, renormalize, return_probs, backend):  # fmt: skip
+def _fake_gate(hidden, weight, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob,
+               n_group, topk_group, routed_scaling_factor, renormalize, return_probs, backend):  # fmt: skip
     num_tokens, num_experts = hidden.shape[0], weight.shape[0]
     logits = hidden.new_empty(num_tokens, num_experts, dtype=torch.float32)
     return logits, *_fake_outputs(hidden, num_tokens, num_experts, top_k, return_probs)
@@ -283,3 +280,7 @@ def _fake_outputs(like, num_tokens, num_experts, top_k, return_probs):
         like.new_empty(num_tokens, top_k, dtype=torch.float32),
         like.new_empty((num_tokens, num_experts) if return_probs else 0, dtype=torch.float32),
     )
+
+
+_topk_routing = register("topk_routing", _run_topk, _fake_topk)
+_gate_routing = register("gate_routing", _run_gate, _fake_gate)

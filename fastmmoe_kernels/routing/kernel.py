@@ -3,10 +3,13 @@
 A program has a block of tokens and all experts, in registers. Both kernels share everything after the logits.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
+from fastmmoe_kernels.grid import cdiv
 from fastmmoe_kernels.variant import KernelVariant
 
 
@@ -225,6 +228,7 @@ def gate_routing_kernel(
     )  # fmt: skip
 
 
+@cache
 def routing_blocks(num_experts: int, top_k: int, n_group: int) -> dict[str, int]:
     """Block sizes: about 1,024 scores per program (4,096 spill registers from 72 experts on), at least one token."""
     block_e = triton.next_power_of_2(num_experts)
@@ -236,6 +240,7 @@ def routing_blocks(num_experts: int, top_k: int, n_group: int) -> dict[str, int]
     }
 
 
+@cache
 def gate_blocks(num_experts: int, top_k: int, n_group: int, has_bias: bool, itemsize: int) -> dict[str, int]:
     """Block sizes, warps and stages: 64 tokens per program, which wgmma needs, as long as nothing spills.
 
@@ -278,7 +283,7 @@ def topk_routing_triton(
     )  # fmt: skip
     if num_tokens > 0:
         blocks = routing_blocks(num_experts, top_k, n_group)
-        topk_routing_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
+        topk_routing_kernel[(cdiv(num_tokens, blocks["BLOCK_T"]),)](
             stride_token=logits.stride(0), stride_expert=logits.stride(1), **arguments, **blocks
         )
     return outputs
@@ -309,7 +314,7 @@ def gate_routing_triton(
     if num_tokens > 0:
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         blocks = gate_blocks(num_experts, top_k, n_group, correction_bias is not None, hidden.itemsize)
-        gate_routing_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
+        gate_routing_kernel[(cdiv(num_tokens, blocks["BLOCK_T"]),)](
             hidden, weight.contiguous(), stride_token=hidden.stride(0), H=width, **arguments, **blocks
         )
     return logits, *outputs
