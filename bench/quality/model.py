@@ -1,4 +1,4 @@
-"""The architecture of the small model: InternVL with a Qwen3-MoE language model, 2.1 M parameters."""
+"""The architecture of the small model: InternVL with a Qwen3-MoE language model, 3.0 M parameters."""
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ def model_config() -> InternVLConfig:
     )  # fmt: skip
     text = Qwen3MoeConfig(
         vocab_size=len(VOCABULARY), hidden_size=96, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=24, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=48, intermediate_size=192,
+        head_dim=24, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=72, intermediate_size=192,
         norm_topk_prob=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, initializer_range=0.06,
         max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=VOCABULARY["<eos>"], pad_token_id=VOCABULARY["<pad>"],

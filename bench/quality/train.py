@@ -40,7 +40,8 @@ from quality.evaluate import answer_logits, evaluate_packed, right_answers, summ
 from quality.model import new_model
 from quality.muon import Muon
 
-SECOND_PHASE_SCENES = 10_000_000  # numbers of the scenes of the second phase start here
+SCENES_PER_SEED = 100_000_000  # trainings from different seeds see different scenes
+SECOND_PHASE_SCENES = 10_000_000  # of a seed's scenes, those of the second phase start here
 HEAD = (12, 7, CELLS, CELLS)  # classes of `token_labels`
 HEAD_WORDS = (
     [str(digit) for digit in range(10)],
@@ -58,7 +59,7 @@ class Settings:
     processes: int = 2
     vision_steps: int = 550
     vision_batch: int = 48
-    steps: int = 2000
+    steps: int = 4000
     batch: int = 16
     questions: int = 14  # per picture
     balance: float = 0.01  # weight of the load-balancing loss
@@ -183,7 +184,7 @@ class Trainer:
     def vision_step(self, step: int) -> dict:
         """Name what the vision tokens show."""
         size = self.settings.vision_batch // self.settings.processes
-        first = step * self.settings.vision_batch + self.rank * size
+        first = self.settings.seed * SCENES_PER_SEED + step * self.settings.vision_batch + self.rank * size
         scenes = [scene("train", number) for number in range(first, first + size)]
         labels = token_labels(scenes)
         logits = self.head(self.model.model.get_image_features(to_pixels(scenes)).pooler_output)
@@ -206,7 +207,7 @@ class Trainer:
         """Answer questions."""
         settings, model = self.settings, self.model
         size = schedule.pictures(step, settings.steps, settings.batch) // settings.processes
-        first = SECOND_PHASE_SCENES + step * settings.batch + self.rank * size
+        first = settings.seed * SCENES_PER_SEED + SECOND_PHASE_SCENES + step * settings.batch + self.rank * size
         # ask more of what goes wrong
         weights = 1.15 - np.array(self.progress.right)
         batch = training_batch(first, size, schedule.digits(step), weights, settings.questions)
@@ -337,7 +338,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Of the second phase.")] = Settings.steps,
     vision_steps: Annotated[int, typer.Option(help="Of the first phase.")] = Settings.vision_steps,
     processes: Annotated[int, typer.Option(help="Of one thread each.")] = Settings.processes,
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = Settings.seed,
+    seed: Annotated[int, typer.Option(help="Of the weights and the scenes.")] = Settings.seed,
     balance: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = Settings.balance,
     minutes: Annotated[float | None, typer.Option(help="Save and stop after this time; --resume goes on.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the directory.")] = False,

@@ -1,0 +1,85 @@
+"""Whether what the study says of one checkpoint holds for others: the `methods` parts of several studies, side by side.
+
+    python bench/quality/seeds.py bench/results/quality bench/results/quality/seed1 bench/results/quality/seed2 \\
+        --json bench/results/quality/seeds.json
+
+Every directory holds the study of a model trained from another seed, on the same questions.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+sys.path.append(str(Path(__file__).parents[1]))
+from provenance import provenance, write_json
+
+from fastmmoe.analysis.accuracy import answers_of, paired_difference
+from fastmmoe.analysis.results import read_parts
+
+LEADER = "FastMMoE"
+PLACE = ("placement", "retention", "vision_top_k")  # where, how much and with how many experts; methods share it
+
+Row = dict[str, Any]
+
+
+def rows_of(study: dict[str, Any]) -> dict[tuple, Row]:
+    """(method, place) -> row of one model's study."""
+    return {(row["method"], *(row[name] for name in PLACE)): row for row in study["rows"]}
+
+
+def compare(studies: list[dict[str, Any]]) -> list[Row]:
+    """A row per method and place: its accuracy with every model, and FastMMoE's lead over it, in the studies' order."""
+    models = [rows_of(study) for study in studies]
+    found = []
+    for key, first in models[0].items():
+        of_models = [model[key] for model in models]
+        row = {
+            "method": first["method"],
+            **{name: first[name] for name in PLACE},
+            "flops_ratio": first["flops_ratio"],
+            "accuracy": float(np.mean([one["accuracy"] for one in of_models])),
+            "accuracies": [one["accuracy"] for one in of_models],
+        }
+        leader = (LEADER, *key[1:])
+        if leader in models[0] and leader != key:
+            ours, theirs = (
+                np.array([answers_of(model[one]) for model in models], dtype=float) for one in (leader, key)
+            )
+            # the models answer the same questions: a question's mean over the models is one draw. What the training's
+            # seed adds shows in the leads themselves
+            row["lead"], row["standard_error"] = paired_difference(ours.mean(0), theirs.mean(0))
+            row["leads"] = (ours - theirs).mean(1).tolist()
+        found.append(row)
+    return found
+
+
+def main(
+    directories: Annotated[list[Path], typer.Argument(help="Results of `fastmmoe analyze`, one per model.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Accuracies with every model, and FastMMoE's lead over each method, in the mean and one by one."""
+    studies = []
+    for directory in directories:
+        parts = read_parts(directory, ["methods"])
+        if not parts:
+            raise typer.BadParameter(f"{directory}: expected a complete methods.json of fastmmoe analyze")
+        studies.append(parts["methods"])
+    rows = compare(studies)
+    for row in rows:
+        experts = "all experts" if row["vision_top_k"] is None else f"K_v {row['vision_top_k']}"
+        line = f"{row['placement'] or 'all tokens':10} {row['retention'] or 1:4} {experts:11} {row['method']:28}"
+        line += f" {row['accuracy']:.3f} at {row['flops_ratio']:.2f}"
+        if "leads" in row:
+            one_by_one = " ".join(f"{lead:+.3f}" for lead in row["leads"])
+            line += f"  {LEADER} leads by {row['lead']:+.4f} +- {row['standard_error']:.4f} ({one_by_one})"
+        print(line)
+    models = [study["study"]["model"] for study in studies]
+    write_json({**provenance(torch.device("cpu")), "models": models, "rows": rows}, json_path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
