@@ -1,14 +1,17 @@
-"""Where to prune, how much at each layer, and where to use how few experts, at equal FLOPs: chosen on dev, then tested.
+"""Where to prune, how much at each layer, where to use how few experts, what to keep: at equal FLOPs, chosen on dev.
 
     python bench/quality/schedules.py --json bench/results/quality/schedules.json
     python bench/quality/schedules.py --model DIRECTORY --model DIRECTORY
 
 The official scripts prune by the same ratio at each of three early layers, and use half of the experts from layer 2 on.
-Every candidate here costs as many FLOPs as that does at the given retention, and spreads them otherwise. The first
-model's dev answers choose; every model, trained from another seed, is tested on the same questions.
+Every candidate costs as many FLOPs as that does at the given retention, and spreads them otherwise. Of each family of
+candidates, the one that answers best on dev with the first model is tested, with every model: those trained from
+another seed had no say. All answer the same questions.
 """
 
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -28,9 +31,10 @@ from fastmmoe.analysis.study import Session, Settings
 from fastmmoe.config import FastMMoEConfig
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
 
-LAYERS = ((1, 2, 3), (1, 2, 4), (1, 3, 5), (1, 2), (1, 3), (1, 4), (2, 3), (2, 4))
-STEEPNESS = (1.0, 0.7, 0.45)  # each stage's keep ratio as a share of the one before
-EXPERTS = ((2, 2), (2, 1), (1, 3), (1, 4))  # K_v of 4, and the first layer that uses it
+LAYERS = ((1, 2, 3), (1, 3, 5), (2, 3, 4), (2, 4, 6), (2, 3), (2, 4), (3, 4), (3, 5), (2,), (3,), (4,))
+STEEPNESS = (1.0, 0.6)  # each stage's keep ratio as a share of the one before
+EXPERTS = ((2, 2), (2, 1), (1, 2), (1, 1))  # K_v of 4, and the first layer that uses it
+BY_REDUNDANCY = {"keep_by": "redundancy", "alpha": 0.75}
 N_TEXT = 10
 
 
@@ -45,18 +49,81 @@ def config_of(layers: tuple[int, ...], first: float, steepness: float, experts: 
     return FastMMoEConfig(prune_layers=layers, keep_ratios=ratios, vision_top_k=experts[0], reduction_layer=experts[1])
 
 
-def candidates(session: Session, budget: float) -> list[FastMMoEConfig]:
+def candidates(session: Session, budget: float, experts: Iterable[tuple[int, int]]) -> list[FastMMoEConfig]:
     """For every set of layers, steepness and experts, the gentlest config that costs no more than the budget."""
     found = []
-    for layers, steepness, experts in product(LAYERS, STEEPNESS, EXPERTS):
+    for layers, steepness, some in product(LAYERS, STEEPNESS, experts):
+        if len(layers) == 1 and steepness < 1:
+            continue
         low, high = 0.0, 1.0  # the first stage's keep ratio
         for _ in range(30):
             first = (low + high) / 2
-            is_within = cost(session, config_of(layers, first, steepness, experts)) <= budget
+            is_within = cost(session, config_of(layers, first, steepness, some)) <= budget
             low, high = (first, high) if is_within else (low, first)
         if low > 0:
-            found.append(config_of(layers, low, steepness, experts))
+            found.append(config_of(layers, low, steepness, some))
     return found
+
+
+class Comparison:
+    """Families of configs at the cost of the official one at one retention.
+
+    Attributes:
+        dev: a row of results per config that was tried.
+        test: per family, its best config, that config's rows on test (one per model), its lead over the official one.
+    """
+
+    def __init__(self, sessions: list[Session], retention: float):
+        self.sessions, self.retention = sessions, retention
+        self.dev: dict[FastMMoEConfig, dict] = {}
+        self.test: dict[str, dict] = {}
+        preset, placements = sessions[0].setting.preset, sessions[0].setting.placements
+        experts = {"vision_top_k": preset.vision_top_k, "reduction_layer": preset.reduction_layer}
+        self.official = FastMMoEConfig(prune_layers=placements["stages"], retention=retention, **experts)
+        self.official_right = self._add("official", self.official)
+
+    def run(self) -> None:
+        first, official = self.sessions[0], self.official
+        budget = cost(first, official)
+        self._choose("keep by redundancy", [replace(official, **BY_REDUNDANCY)])
+        own = [(official.vision_top_k, official.reduction_layer)]
+        self._choose("layers", candidates(first, budget, own))
+        best = self._choose("layers and experts", candidates(first, budget, EXPERTS))
+        self._choose("layers and experts, keep by redundancy", [replace(best, **BY_REDUNDANCY)])
+
+    def _choose(self, family: str, configs: list[FastMMoEConfig]) -> FastMMoEConfig:
+        """Test the config that is best on dev."""
+        for config in tqdm(configs, f"retention {self.retention}, {family}", unit="config"):
+            if config not in self.dev:
+                self.dev[config] = self.sessions[0].evaluate("dev", self._method(config))
+        best = max(configs, key=lambda config: self.dev[config]["accuracy"])
+        self._add(family, best)
+        return best
+
+    def _add(self, family: str, config: FastMMoEConfig) -> np.ndarray:
+        """Ask the test questions; whether the answers are right, [models, questions]."""
+        rows = [session.evaluate("test", self._method(config)) for session in self.sessions]
+        right = np.array([answers_of(row) for row in rows], dtype=float)
+        self.test[family] = {"config": config.to_dict(), "accuracy": right.mean(), "rows": rows}
+        if config != self.official:
+            # the models answer the same questions: a question's mean over the models is one draw
+            lead, error = paired_difference(right.mean(0), self.official_right.mean(0))
+            leads = (right - self.official_right).mean(1).tolist()
+            self.test[family] |= {"lead": lead, "standard_error": error, "leads": leads}
+        return right
+
+    def _method(self, config: FastMMoEConfig) -> Method:
+        return Method("schedule", "", self.retention, (config,))
+
+    def show(self) -> None:
+        for family, found in self.test.items():
+            config, flops = FastMMoEConfig.from_dict(found["config"]), found["rows"][0]["flops_ratio"]
+            ratios = ", ".join(f"{ratio:.3f}" for ratio in config.stage_keep_ratios)
+            print(f"{family}: {found['accuracy']:.3f} at {flops:.3f} of the FLOPs")
+            print(f"  at {config.prune_layers} keep {ratios}; K_v {config.vision_top_k} from {config.reduction_layer}")
+            if "lead" in found:
+                one_by_one = " ".join(f"{lead:+.4f}" for lead in found["leads"])
+                print(f"  leads by {found['lead']:+.4f} +- {found['standard_error']:.4f} ({one_by_one})")
 
 
 @torch.inference_mode()
@@ -70,43 +137,14 @@ def main(
 ) -> None:
     """Choose on dev with the first model, report on test with all."""
     sessions = [Session(Settings(model=one, n=n, dev_n=dev_n, seed=seed)) for one in model or (None,)]
-    first = sessions[0]
-    preset = first.setting.preset
-    experts = {"vision_top_k": preset.vision_top_k, "reduction_layer": preset.reduction_layer}
+    head = provenance(torch.device("cpu")) | {"models": [session.describe_model() for session in sessions]}
     results = []
     for share in retention or (0.5, 0.25):
-        official = FastMMoEConfig(prune_layers=first.setting.placements["stages"], retention=share, **experts)
-        configs = candidates(first, cost(first, official))
-        rows = [
-            first.evaluate("dev", Method("schedule", "", share, (config,)))
-            for config in tqdm([official, *configs], f"retention {share}", unit="schedule")
-        ]
-        best = max(rows, key=lambda row: row["accuracy"])
-        chosen = FastMMoEConfig.from_dict({k: v for k, v in best["config"].items() if k != "type"})
-        test = [
-            [session.evaluate("test", Method("schedule", "", share, (config,))) for config in (chosen, official)]
-            for session in sessions
-        ]
-        ours, theirs = (np.array([answers_of(rows[side]) for rows in test], dtype=float) for side in (0, 1))
-        # the models answer the same questions: a question's mean over the models is one draw
-        difference, error = paired_difference(ours.mean(0), theirs.mean(0))
-        one_by_one = (ours - theirs).mean(1).tolist()
-        experts_chosen = f"K_v {chosen.vision_top_k} from layer {chosen.reduction_layer}"
-        print(f"retention {share}: {chosen.prune_layers} {chosen.keep_ratios}, {experts_chosen}")
-        print(f"  test: {ours.mean():.3f} at {test[0][0]['flops_ratio']:.3f} of the FLOPs")
-        print(f"  official: {theirs.mean():.3f} at {test[0][1]['flops_ratio']:.3f}, {difference:+.4f} +- {error:.4f}")
-        print(f"  per model: {' '.join(f'{one:+.4f}' for one in one_by_one)}")
-        results.append(
-            {
-                "retention": share,
-                "dev": rows,
-                "test": [{"chosen": one, "official": other} for one, other in test],
-                "test_difference": {"mean": difference, "standard_error": error, "per_model": one_by_one},
-            }
-        )
-    models = [session.describe_model() for session in sessions]
-    head = provenance(torch.device("cpu")) | {"models": models, "n": n, "dev_n": dev_n, "seed": seed}
-    write_json(head | {"results": results}, json_path)
+        comparison = Comparison(sessions, share)
+        comparison.run()
+        comparison.show()
+        results.append({"retention": share, "dev": list(comparison.dev.values()), "test": comparison.test})
+        write_json(head | {"n": n, "dev_n": dev_n, "seed": seed, "results": results}, json_path)
 
 
 if __name__ == "__main__":

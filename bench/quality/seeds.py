@@ -3,7 +3,8 @@
     python bench/quality/seeds.py bench/results/quality bench/results/quality/seed1 bench/results/quality/seed2 \\
         --json bench/results/quality/seeds.json
 
-Every directory holds the study of a model trained from another seed, on the same questions.
+Every directory holds the study of a model trained from another seed. All are compared on the questions that they have
+in common: the scenes are numbered, so that a smaller study asks the first questions of a larger one.
 """
 
 import sys
@@ -34,25 +35,29 @@ def rows_of(study: dict[str, Any]) -> dict[tuple, Row]:
 def compare(studies: list[dict[str, Any]]) -> list[Row]:
     """A row per method and place: its accuracy with every model, and FastMMoE's lead over it, in the studies' order."""
     models = [rows_of(study) for study in studies]
+    n = min(row["n"] for model in models for row in model.values())
+
+    def answers(key: tuple) -> np.ndarray:
+        """Right or wrong, [models, questions]."""
+        return np.array([answers_of(model[key])[:n] for model in models], dtype=float)
+
     found = []
     for key, first in models[0].items():
-        of_models = [model[key] for model in models]
+        accuracies = answers(key).mean(1)
         row = {
             "method": first["method"],
             **{name: first[name] for name in PLACE},
+            "n": n,
             "flops_ratio": first["flops_ratio"],
-            "accuracy": float(np.mean([one["accuracy"] for one in of_models])),
-            "accuracies": [one["accuracy"] for one in of_models],
+            "accuracy": float(accuracies.mean()),
+            "accuracies": accuracies.tolist(),
         }
         leader = (LEADER, *key[1:])
         if leader in models[0] and leader != key:
-            ours, theirs = (
-                np.array([answers_of(model[one]) for model in models], dtype=float) for one in (leader, key)
-            )
             # the models answer the same questions: a question's mean over the models is one draw. What the training's
             # seed adds shows in the leads themselves
-            row["lead"], row["standard_error"] = paired_difference(ours.mean(0), theirs.mean(0))
-            row["leads"] = (ours - theirs).mean(1).tolist()
+            row["lead"], row["standard_error"] = paired_difference(answers(leader).mean(0), answers(key).mean(0))
+            row["leads"] = (answers(leader) - answers(key)).mean(1).tolist()
         found.append(row)
     return found
 
