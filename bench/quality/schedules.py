@@ -34,7 +34,7 @@ from fastmmoe.scenes.tokenizer import VISION_TOKENS
 LAYERS = ((1, 2, 3), (1, 3, 5), (2, 3, 4), (2, 4, 6), (2, 3), (2, 4), (3, 4), (3, 5), (2,), (3,), (4,))
 STEEPNESS = (1.0, 0.6)  # each stage's keep ratio as a share of the one before
 EXPERTS = ((2, 2), (2, 1), (1, 2), (1, 1))  # K_v of 4, and the first layer that uses it
-BY_REDUNDANCY = {"keep_by": "redundancy", "alpha": 0.75}
+BY_REDUNDANCY = {"keep_by": "redundancy"}
 N_TEXT = 10
 
 

@@ -88,9 +88,10 @@ One question at a time through the processor and `generate`, {generated_scenes} 
 
 ## Limits
 
-One training seed. A glyph mostly falls on one vision token, and many questions are answered by a few of the 100: how
-much pruning costs here says something about the order of methods, little about what it costs a model of 30 billion
-parameters. Words outside the vocabulary are `<unk>`; pictures other than these scenes get meaningless answers.
+A glyph mostly falls on one vision token, and many questions are answered by a few of the 100: how much pruning costs
+here says something about the order of methods, little about what it costs a model of 30 billion parameters. What other
+training seeds change stands in `bench/results/quality/seeds.json`. Words outside the vocabulary are `<unk>`; pictures
+other than these scenes get meaningless answers.
 """
 
 
