@@ -5,6 +5,7 @@ L2 that holds nothing of it, and runs as a CUDA graph unless it waits for the de
 and not the Python interpreter's.
 """
 
+import functools
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -26,7 +27,14 @@ def prepare(call: Call, device: torch.device) -> tuple[Call, bool]:
         call()
         return call, False
     graph = _capture(call)
-    return (call, False) if graph is None else (graph.replay, True)
+    if graph is None:
+        return call, False
+    # `call` lives as long as the graph, which keeps no reference to tensors from before the capture but reads them
+    return functools.partial(_replay, graph, call), True
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _call: Call) -> None:
+    graph.replay()
 
 
 def _capture(call: Call) -> torch.cuda.CUDAGraph | None:

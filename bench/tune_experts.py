@@ -6,7 +6,8 @@
 Starts from the table's row and changes one thing at a time (what must change together, together), twice. gate_up and
 down are tuned apart, for every number of rows per tile; all candidates of a kernel run in turn, round after round, on
 every shape. Worker processes compile, so that the processor's cores are the limit and not one. A candidate must give
-the same result as the table's tiles, must not spill registers, and must be faster by more than noise.
+the same result as the table's tiles, must not spill registers, and must be faster by more than noise. What one step
+found is written before the next begins.
 """
 
 import itertools
@@ -161,7 +162,7 @@ class Tuner:
         self.failed: dict[Job, str] = {}
         self.compiled: set[Job] = set()
 
-    def compile(self, candidates: dict[Gemm, set[GemmTile]], deadline: float) -> None:
+    def compile(self, candidates: dict[Gemm, set[GemmTile]], start: dict[Gemm, GemmTile], deadline: float) -> None:
         """All candidates on all shapes, in parallel; those not ready at the deadline are out."""
         jobs = [
             job
@@ -169,6 +170,8 @@ class Tuner:
             for shape, tile in itertools.product(self.shapes, sorted(found, key=str))
             if (job := Job(shape, block_m, gemm, tile)) not in self.compiled | self.failed.keys()
         ]
+        # without what they must beat, the others count for nothing
+        jobs.sort(key=lambda job: job.tile != start[job.block_m, job.gemm])
         with ProcessPoolExecutor(min(self.workers, max(1, len(jobs))), get_context("spawn")) as pool:
             running = {job: pool.submit(compile_job, job, self.device) for job in jobs}
             for job, future in tqdm(running.items(), desc="compile", unit="kernel"):
@@ -183,7 +186,7 @@ class Tuner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def choose(self, block_m: int, gemm: str, candidates: set[GemmTile], start: GemmTile) -> GemmTile:
-        """The fastest over all shapes; `start` unless another is faster by more than noise."""
+        """The fastest over all shapes; `start` unless it was timed and another is faster by more than noise."""
         jobs = {tile: [Job(shape, block_m, gemm, tile) for shape in self.shapes] for tile in candidates}
         seconds: dict[GemmTile, float] = dict.fromkeys(jobs, 1.0)
         for number, shape in enumerate(self.shapes):
@@ -206,10 +209,10 @@ class Tuner:
                     {"shape": shape.name, "pairs": pairs, "block_m": block_m, "gemm": gemm, **asdict(tile),
                      "us": medians[tile] * 1e6, "tflops": flops / medians[tile] / 1e12}
                 )  # fmt: skip
-        if not seconds:
+        if start not in seconds:
             return start
         best = min(seconds, key=seconds.get)
-        gain = (seconds.get(start, float("inf")) / seconds[best]) ** (1 / len(self.shapes)) - 1
+        gain = (seconds[start] / seconds[best]) ** (1 / len(self.shapes)) - 1
         return best if gain > MIN_GAIN else start
 
     def crossover(self, row: Row, crossovers: Iterable[int]) -> list[dict]:
@@ -277,10 +280,10 @@ def main(
     device: Annotated[str, typer.Option(help="cuda; cpu, with TRITON_INTERPRET=1, only tries the script.")] = "cuda",
     shape: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; may be repeated.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows per tile to tune; may be repeated.")] = None,
-    passes: Annotated[int, typer.Option(help="Steps away from the table's row.")] = 2,
+    passes: Annotated[int, typer.Option(min=1, help="Steps away from the table's row.")] = 2,
     candidates: Annotated[int | None, typer.Option(help="At most so many candidates per kernel and pass.")] = None,
     rounds: Annotated[int, typer.Option(help="Times each candidate runs; the median counts.")] = 15,
-    budget: Annotated[float, typer.Option(help="Seconds for compiling; what is not ready by then is left out.")] = 90,
+    budget: Annotated[float, typer.Option(help="Seconds; then nothing else is compiled, no other pass begins.")] = 90,
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = min(16, os.cpu_count() or 1),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all timings to this file.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Put the row into fastmmoe_kernels/experts/tiles.py.")] = False,
@@ -301,35 +304,39 @@ def main(
     chosen: dict[Gemm, GemmTile] = {
         (block_m, gemm): tile for block_m, pair in old.items() for gemm, tile in zip(OPERANDS, pair, strict=True)
     }
-    for _ in range(passes):
+    origin = provenance(where)
+    note = f"tuned on {device_name(where)}, triton {origin['versions']['triton']}, {origin['date']}"
+    result = {"what": "tiles of the expert GEMMs", **origin, "target": tuner.target, "rounds": rounds, "crossover": []}
+    for number in range(passes):
+        # at least one
+        if number and time.monotonic() > start + budget:
+            break
         field = {}
         for (block_m, gemm), tile in chosen.items():
             near = [t for t in neighbours(tile) if is_sensible(t, block_m, gemm, shapes, tuner.target)]
             field[block_m, gemm] = {tile, *sorted(near, key=str)[:candidates]}
-        tuner.compile(field, deadline=start + budget)
+        tuner.compile(field, chosen, start + budget)
         for (block_m, gemm), found in tqdm(field.items(), desc="time", unit="kernel"):
             chosen[block_m, gemm] = tuner.choose(block_m, gemm, found, chosen[block_m, gemm])
-    new: Row = {block_m: (chosen[block_m, "gate_up"], chosen[block_m, "down"]) for block_m in old}
+        new: Row = {block_m: (chosen[block_m, "gate_up"], chosen[block_m, "down"]) for block_m in old}
+        result |= {
+            "seconds": time.monotonic() - start, "row": format_row(tuner.target, new, note).splitlines(),
+            "timings": tuner.records,
+            "failed": [asdict(job) | {"why": why} for job, why in tuner.failed.items()],
+        }  # fmt: skip
+        # what there is stays if there is no time for the rest
+        write_json(result, json_path)
+        if write:
+            path = Path(tiles.__file__)
+            # rows per tile that were not tuned stay
+            row = tiles.TILES.get(tuner.target, tiles.TILES[tiles.DEFAULT_TARGET]) | new
+            path.write_text(replace_row(path.read_text(), tuner.target, row, note))
+            print(f"written into {path.name}")
 
-    origin = provenance(where)
-    note = f"tuned on {device_name(where)}, triton {origin['versions']['triton']}, {origin['date']}"
-    result = {
-        "what": "tiles of the expert GEMMs", **origin, "target": tuner.target, "rounds": rounds,
-        "seconds": time.monotonic() - start,
-        "row": format_row(tuner.target, new, note).splitlines(),
-        "crossover": tuner.crossover(new, CROSSOVERS if where.type == "cuda" else CROSSOVERS[:1]),
-        "timings": tuner.records,
-        "failed": [asdict(job) | {"why": why} for job, why in tuner.failed.items()],
-    }  # fmt: skip
+    result["crossover"] = tuner.crossover(new, CROSSOVERS if where.type == "cuda" else CROSSOVERS[:1])
     write_json(result, json_path)
     print_report(result, old, new)
     print("\n".join(result["row"]))
-    if write:
-        path = Path(tiles.__file__)
-        # rows per tile that were not tuned stay
-        row = tiles.TILES.get(tuner.target, tiles.TILES[tiles.DEFAULT_TARGET]) | new
-        path.write_text(replace_row(path.read_text(), tuner.target, row, note))
-        print(f"written into {path.name}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import contestants
 import plot_prefill
 import prefill_variants
 import pytest
+import timing
 import torch
 import tune_experts
 import typer
@@ -173,6 +176,24 @@ def test_turns():
 def test_turns_end_at_the_deadline():
     assert take_turns({"a": lambda: 1, "b": lambda: 2}, 5, deadline=time.monotonic()) == {"a": [1], "b": [2]}
     assert take_turns({"a": lambda: 1}, 5, deadline=time.monotonic() + 1000) == {"a": [1] * 5}
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """Without a GPU: something to replay, which holds no reference to the call, as a CUDA graph does not."""
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            self.replays += 1
+
+    graph, tensor = Graph(), torch.ones(3)
+    alive = weakref.ref(tensor)
+    monkeypatch.setattr(timing, "_capture", lambda call: graph)
+    replay, is_graph = timing.prepare(tensor.neg, torch.device("cuda"))
+    del tensor
+    replay()
+    assert is_graph and graph.replays == 1 and alive() is not None
 
 
 def test_recorded_launches_run_again():
@@ -338,6 +359,67 @@ def test_tuner_takes_what_is_faster_than_noise(monkeypatch, tuner, seconds, wins
     assert tuner.choose(16, "down", {start, other}, start) == (other if wins else start)
     assert [r["us"] for r in tuner.records] == [statistics.median(times[GemmTile(32, 32, 4, r["num_stages"])]) * 1e6
                                                 for r in tuner.records]  # fmt: skip
+
+
+def test_tuner_keeps_what_was_not_timed(monkeypatch, tuner):
+    """Nothing to compare the other with, however fast it is."""
+    start, other = GemmTile(32, 32, 4, 2), GemmTile(32, 32, 4, 3)
+    tuner.compiled = {tune_experts.Job(tuner.shapes[0], 16, "down", other)}
+    assert tuner.choose(16, "down", {start, other}, start) == start
+    assert [record["num_stages"] for record in tuner.records] == [3]
+
+
+def test_tuner_compiles_first_what_is_to_be_beaten(monkeypatch, tuner):
+    """Time for two of six."""
+    submitted = []
+
+    class Pool:
+        def __init__(self, *_): ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+
+        def shutdown(self, **_): ...
+
+        def submit(self, _, job, device):
+            submitted.append(future := Future())
+            if len(submitted) <= 2:
+                future.set_result(None)
+            return future
+
+    monkeypatch.setattr(tune_experts, "ProcessPoolExecutor", Pool)
+    # by name the last
+    start, others = GemmTile(64, 32, 4, 2), {GemmTile(32, 32, 4, 2), GemmTile(32, 64, 4, 2)}
+    kernels = (16, "gate_up"), (16, "down")
+    tuner.compile({key: {start} | others for key in kernels}, dict.fromkeys(kernels, start), time.monotonic())
+    assert {(job.gemm, job.tile) for job in tuner.compiled} == {("gate_up", start), ("down", start)}
+    assert len(tuner.failed) == 4
+
+
+@pytest.mark.parametrize("budget, passes", [(1000, 2), (0, 1)])
+def test_tuner_writes_after_every_pass(monkeypatch, tmp_path, budget, passes):
+    """Each takes one more stage; once the budget is spent no other begins, and what comes after them has no time."""
+
+    def no_time(*_):
+        raise TimeoutError
+
+    def choose(self, block_m, gemm, candidates, start):
+        return replace(start, num_stages=start.num_stages + 1)
+
+    monkeypatch.setattr(tune_experts.Tuner, "compile", lambda *_: None)
+    monkeypatch.setattr(tune_experts.Tuner, "choose", choose)
+    monkeypatch.setattr(tune_experts.Tuner, "crossover", no_time)
+    before = tune_experts.table_tiles("cpu", torch.float16, 16, tune_experts.SHAPES["tiny"])
+    path = tmp_path / "tiles.json"
+    with pytest.raises(TimeoutError):
+        tune_experts.main(
+            device="cpu", shape=["tiny"], rows=[16], passes=2, candidates=1, rounds=1, workers=1, budget=budget,
+            json_path=path, write=False,
+        )  # fmt: skip
+    row = ast.literal_eval(re.sub("GemmTile", "", "{" + "".join(json.loads(path.read_text())["row"][1:-1]) + "}"))
+    assert [tile[3] for tile in row[16]] == [tile.num_stages + passes for tile in (before.gate_up, before.down)]
 
 
 def test_tuner_drops_what_is_wrong_or_did_not_compile(monkeypatch, tuner):
@@ -731,6 +813,18 @@ def test_overhead_on_cpu(tmp_path):
     assert "per layer, us" in done.stdout and "of tiny's" in done.stdout
 
 
+def test_overheads_stay_if_the_reference_fails(monkeypatch, tmp_path):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(bench_overhead, "measure_thin", lambda *_: [{"added_us": 1.0}])
+    monkeypatch.setattr(bench_overhead, "measure_reference", fails)
+    with pytest.raises(MemoryError):
+        bench_overhead.main(device="cpu", size="tiny", rounds=1, steps=1, threads=1, json_path=tmp_path / "o.json")
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["overheads"] == [{"added_us": 1.0}] and result["reference"] is None
+
+
 # --- gpu.sh -----------------------------------------------------------------------------------------------------------
 
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -743,36 +837,55 @@ esac
 """
 
 
-def test_gpu_script_continues_and_resumes(tmp_path):
-    python, out = tmp_path / "python", tmp_path / "out"
-    python.write_text(FAKE_PYTHON)
+def run_gpu_script(folder: Path, fake: str, *steps: str, limit: int = 520) -> subprocess.CompletedProcess:
+    """Results in `folder` / "out"."""
+    python = folder / "python"
+    python.write_text(fake)
     python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "OUT": str(out), "DRY_RUN": "1"}
+    environment = {"PYTHON": str(python), "OUT": str(folder / "out"), "DRY_RUN": "1", "LIMIT": str(limit)}
+    command = [ROOT / "bench" / "gpu.sh", *steps]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
-    def run():
-        return subprocess.run([ROOT / "bench" / "gpu.sh"], env=environment, capture_output=True, text=True, timeout=60)
 
-    first = run()
+def test_gpu_script_continues_and_resumes(tmp_path):
+    out = tmp_path / "out"
+    first = run_gpu_script(tmp_path, FAKE_PYTHON)
     assert first.returncode == 1 and "FAILED tuning: status 3" in first.stdout
-    figures = {"experts.json", "prefill.json", "break_even.json", "overhead.json", "experts.png", "prefill.png"}
-    names = {"parity.txt", "partial-tiles.json", "log.txt"} | figures
-    assert {path.name for path in out.iterdir()} == names
+    names = {"log.txt", "parity.txt", "experts.json", "prefill.json", "break_even.json", "overhead.json"}
+    assert {path.name for path in out.iterdir()} == names | {"partial-tiles.json"}
     assert "bench_experts.py --device cpu" in (out / "experts.json").read_text()
-    # 160 seconds, 30 of which for what was begun
-    assert " --budget 130 --json " in (out / "prefill.json").read_text()
-    assert f"plot_prefill.py {out}/prefill.json {out}/break_even.json " in (out / "prefill.png").read_text()
-    python.write_text(FAKE_PYTHON.replace("exit 3", "exit 0"))
-    second = run()
-    assert second.returncode == 0 and second.stdout.count("skipped") == 7
-    assert {path.name for path in out.iterdir()} == names - {"partial-tiles.json"} | {"tiles.json"}
+    # of 520 seconds, which the steps before left: 75 of 170 parts, and 30 seconds for what was begun
+    budget = int(re.search(r"--budget (\d+) --json", (out / "prefill.json").read_text())[1])
+    assert 190 <= budget <= 199
+    second = run_gpu_script(tmp_path, FAKE_PYTHON.replace("exit 3", "exit 0"))
+    assert second.returncode == 0 and second.stdout.count("skipped") == 5
+    # no more than 8 files come back from a lent machine
+    assert {path.name for path in out.iterdir()} == names | {"tiles.json"}
+
+
+def test_gpu_script_runs_chosen_steps(tmp_path):
+    """They have the others' time: 150 and 45 parts."""
+    done = run_gpu_script(tmp_path, FAKE_PYTHON, "overhead", "parity", limit=1950)
+    assert done.returncode == 0, done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.txt", "parity.txt", "overhead.json"}
+    parity, overhead = (int(found) for found in re.findall(r"at most (\d+) s", done.stdout))
+    assert 1480 <= parity <= 1500 and 1930 <= overhead <= 1950
+    unknown = run_gpu_script(tmp_path, FAKE_PYTHON, "parity", "pictures")
+    assert unknown.returncode == 2 and "got pictures" in unknown.stdout
+
+
+def test_gpu_script_interrupts_a_step_that_is_late(tmp_path):
+    """It can still say what it knows, and the next one has its time."""
+    late = "*bench_prefill*) trap 'echo one test failed; exit 2' INT; sleep 60 ;;"
+    fake = FAKE_PYTHON.replace("    *) echo", f"    {late}\n    *) echo")
+    done = run_gpu_script(tmp_path, fake, "prefill", "overhead", limit=8)
+    assert done.returncode == 1 and "one test failed" in done.stdout and "FAILED prefill: status 124" in done.stdout
+    assert "one test failed" in (tmp_path / "out" / "log.txt").read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.txt", "overhead.json"}
 
 
 def test_gpu_script_keeps_to_its_limit(tmp_path):
-    """Steps that are late get less time, and no time for them is a failure."""
-    python, out = tmp_path / "python", tmp_path / "out"
-    python.write_text(FAKE_PYTHON)
-    python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "OUT": str(out), "DRY_RUN": "1", "LIMIT": "14"}
-    done = subprocess.run([ROOT / "bench" / "gpu.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    """No time for a step is a failure."""
+    done = run_gpu_script(tmp_path, FAKE_PYTHON, limit=0)
     assert done.returncode == 1 and "FAILED prefill: no time left" in done.stdout
-    assert not (out / "prefill.json").exists()
+    assert not (tmp_path / "out" / "prefill.json").exists()
