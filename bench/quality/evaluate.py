@@ -1,6 +1,6 @@
 """How well a model answers: exact match per type of question, and its standard error.
 
-    python bench/quality/evaluate.py --split test --scenes 500 --json bench/results/quality/test.json
+    python bench/quality/evaluate.py --split test --scenes 500
     python bench/quality/evaluate.py --split test --scenes 40 --generate
 """
 

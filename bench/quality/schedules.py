@@ -1,12 +1,12 @@
 """Where to prune, how much at each layer, where to use how few experts, what to keep: at equal FLOPs, chosen on dev.
 
-    python bench/quality/schedules.py --json bench/results/quality/schedules.json
-    python bench/quality/schedules.py --model DIRECTORY --model DIRECTORY
+    python bench/quality/schedules.py
+    python bench/quality/schedules.py --model seed0 --model seed1 --model seed2 --json schedules.json
 
 The official scripts prune by the same ratio at each of three early layers, and use half of the experts from layer 2 on.
-Every candidate costs as many FLOPs as that does at the given retention, and spreads them otherwise. Of each family of
-candidates, the one that answers best on dev with the first model is tested, with every model: those trained from
-another seed had no say. All answer the same questions.
+Every candidate costs at most as many FLOPs as that does at the given retention, and spreads them otherwise. Of each
+family of candidates, the one that answers best on dev with the first model is tested, with every model: those trained
+from another seed had no say. All answer the same questions. Prefills are timed with the first model.
 """
 
 import sys
@@ -26,8 +26,9 @@ from provenance import provenance, write_json
 
 import fastmmoe
 from fastmmoe.analysis.accuracy import answers_of, paired_difference
-from fastmmoe.analysis.methods import Method
+from fastmmoe.analysis.methods import Method, dense
 from fastmmoe.analysis.study import Session, Settings
+from fastmmoe.analysis.timing import prefill_times
 from fastmmoe.config import FastMMoEConfig
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
 
@@ -36,6 +37,7 @@ STEEPNESS = (1.0, 0.6)  # each stage's keep ratio as a share of the one before
 EXPERTS = ((2, 2), (2, 1), (1, 2), (1, 1))  # K_v of 4, and the first layer that uses it
 BY_REDUNDANCY = {"keep_by": "redundancy"}
 N_TEXT = 10
+TIMED_ROUNDS = 25
 
 
 def cost(session: Session, config: FastMMoEConfig) -> float:
@@ -86,10 +88,12 @@ class Comparison:
         first, official = self.sessions[0], self.official
         budget = cost(first, official)
         self._choose("keep by redundancy", [replace(official, **BY_REDUNDANCY)])
+        self._choose("routing similarity", [replace(official, strategy="routing_similarity")])
         own = [(official.vision_top_k, official.reduction_layer)]
         self._choose("layers", candidates(first, budget, own))
         best = self._choose("layers and experts", candidates(first, budget, EXPERTS))
         self._choose("layers and experts, keep by redundancy", [replace(best, **BY_REDUNDANCY)])
+        self._time()
 
     def _choose(self, family: str, configs: list[FastMMoEConfig]) -> FastMMoEConfig:
         """Test the config that is best on dev."""
@@ -112,6 +116,17 @@ class Comparison:
             self.test[family] |= {"lead": lead, "standard_error": error, "leads": leads}
         return right
 
+    def _time(self) -> None:
+        """Prefill times of the configs that were tested, of the dense model's."""
+        first = self.sessions[0]
+        batches = first.questions("test")[1]
+        batch = batches[len(batches) // 2].first(first.settings.timing_batch)
+        configs = [FastMMoEConfig.from_dict(found["config"]) for found in self.test.values()]
+        methods = [dense(), *(self._method(config) for config in configs)]
+        _, *rows = prefill_times(first.model, batch, methods, TIMED_ROUNDS)
+        for found, row in zip(self.test.values(), rows, strict=True):
+            found |= {name: row[name] for name in ("time_ratio", "time_ratio_quartiles", "rounds", "batch")}
+
     def _method(self, config: FastMMoEConfig) -> Method:
         return Method("schedule", "", self.retention, (config,))
 
@@ -119,7 +134,8 @@ class Comparison:
         for family, found in self.test.items():
             config, flops = FastMMoEConfig.from_dict(found["config"]), found["rows"][0]["flops_ratio"]
             ratios = ", ".join(f"{ratio:.3f}" for ratio in config.stage_keep_ratios)
-            print(f"{family}: {found['accuracy']:.3f} at {flops:.3f} of the FLOPs")
+            costs = f"{flops:.3f} of the FLOPs and {found['time_ratio']:.3f} of the prefill time"
+            print(f"{family}: {found['accuracy']:.3f} at {costs}")
             print(f"  at {config.prune_layers} keep {ratios}; K_v {config.vision_top_k} from {config.reduction_layer}")
             if "lead" in found:
                 one_by_one = " ".join(f"{lead:+.4f}" for lead in found["leads"])

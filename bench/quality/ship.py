@@ -36,17 +36,21 @@ pipeline_tag: image-text-to-text
 # A small MoE-MLLM that answers questions about scenes
 
 InternVL's architecture (`InternVLForConditionalGeneration`, language model Qwen3-MoE) in small, trained from scratch:
-{parameters:.2f} M parameters, {active:.2f} M of them active per token, 8 layers of 16 experts, top-4, 100 vision tokens
-per picture, {words} words. It exists to measure what a change of the prefill does to answers, on a machine without a
-GPU and without a download. It can do nothing else.
+{parameters:.2f} M parameters, 8 layers of 16 experts, top-4, 100 vision tokens per picture, {words} words. An answer
+takes {active:.2f} M of the parameters, those of the vision tower and of four experts per layer included. The model
+exists to measure what a change of the prefill does to answers, on a machine without a GPU and without a download. It
+can do nothing else.
 
 ```python
 from transformers import AutoModelForImageTextToText
 from fastmmoe.processors import load_processor  # with torchvision, transformers.AutoProcessor does as well
+from fastmmoe.scenes import CHECKPOINT, EXAMPLE
+from PIL import Image
 
-model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32")
-processor = load_processor(checkpoint)
-inputs = processor(images=picture, text="<IMG_CONTEXT>digit at r2 c3?", return_tensors="pt")
+model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32")
+processor = load_processor(CHECKPOINT)
+picture = Image.open(EXAMPLE / "picture.png")
+inputs = processor(images=picture, text="<IMG_CONTEXT>digit at r3 c1?", return_tensors="pt")
 ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(ids, skip_special_tokens=True))
 ```
@@ -71,13 +75,14 @@ left column.
 {minutes} minutes on two processes of one thread each ({machine}; the machine was shared), seed {seed}. Phase 1
 ({vision_steps} steps of {vision_batch} pictures) trains vision tower and projector to name what a vision token shows,
 with a head that is thrown away; phase 2 ({steps} steps of {half} and then {batch} pictures, {questions} questions each)
-the language model with Muon, the rest with AdamW; load-balancing weight {balance}. The weights are those of the last
-step, stored in fp16. Log: `bench/results/quality/training.json`.{note}
+the language model with Muon, the rest with AdamW; load-balancing weight {balance}. The first pictures have few digits,
+and the vision tower rests for the first half of phase 2. The weights are those of the last step, stored in fp16; a
+training that is stopped and resumed gives the same ones. Log: `bench/results/quality/training.json`.{note}
 
 ## Exact match on test
 
-{scenes} pictures, one question of every type about each where there is something to ask; standard errors count
-pictures, not questions, as independent.
+{scenes} pictures, one question of every type about each where there is something to ask. Standard errors count
+pictures, not questions, as independent; all pictures share the split's scans and photographs.
 
 | type | example | exact match | standard error | n |
 | --- | --- | --- | --- | --- |
@@ -106,10 +111,15 @@ def example_questions() -> dict[str, str]:
 
 def training_commands(log: list[dict]) -> str:
     """The command of the training, and one for every time it was extended; interruptions change nothing."""
-    steps = dict.fromkeys(entry["settings"]["steps"] for entry in log if "settings" in entry)
+    options = ("seed", "processes", "vision_steps", "steps", "balance")
+    commands = dict.fromkeys(
+        " ".join(f"--{name.replace('_', '-')} {entry['settings'][name]}" for name in options)
+        for entry in log
+        if "settings" in entry
+    )
     return "\n".join(
-        f"    python bench/quality/train.py --work DIRECTORY --steps {count}{' --resume' if number else ''}"
-        for number, count in enumerate(steps)
+        f"    python bench/quality/train.py --work DIRECTORY {command}{' --resume' if number else ''}"
+        for number, command in enumerate(commands)
     )
 
 

@@ -1,4 +1,4 @@
-"""Train the small model of `fastmmoe/scenes/checkpoint/`: about twenty minutes on two CPU cores.
+"""Train the small model of `fastmmoe/scenes/checkpoint/`: about half an hour on two CPU cores.
 
     python bench/quality/train.py --work /tmp/quality
     python bench/quality/train.py --work /tmp/quality --resume
@@ -53,7 +53,7 @@ HEAD_WORDS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the result depends on."""
+    """What the result depends on, beside `model.py` and `schedule.py`."""
 
     seed: int = 0
     processes: int = 2

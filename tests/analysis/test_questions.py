@@ -51,6 +51,14 @@ def test_read_questions(folder):
 GOOD = {"image": "red.png", "question": "?", "answer": "a"}
 
 
+def test_only_line_feeds_end_a_line(folder):
+    """JSON may hold other line separators as they are; Windows' files have a carriage return before each."""
+    question = "a line\u2028and another?"
+    lines = json.dumps({"image": "red.png", "question": question, "answer": "x"}, ensure_ascii=False)
+    (folder / "q.jsonl").write_text(f"{lines}\r\n\r\n{lines}\r\n", encoding="utf-8", newline="")
+    assert [example.question for example in read_questions(folder / "q.jsonl")] == [question] * 2
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
