@@ -25,12 +25,13 @@ sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance, write_json
 
 import fastmmoe
-from fastmmoe.analysis.accuracy import answers_of, paired_difference
+from fastmmoe.analysis.accuracy import answers_of
 from fastmmoe.analysis.methods import Method, dense
 from fastmmoe.analysis.study import Session, Settings
 from fastmmoe.analysis.timing import prefill_times
 from fastmmoe.config import FastMMoEConfig
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
+from quality.leads import lead_over
 
 LAYERS = ((1, 2, 3), (1, 3, 5), (2, 3, 4), (2, 4, 6), (2, 3), (2, 4), (3, 4), (3, 5), (2,), (3,), (4,))
 STEEPNESS = (1.0, 0.6)  # each stage's keep ratio as a share of the one before
@@ -110,10 +111,7 @@ class Comparison:
         right = np.array([answers_of(row) for row in rows], dtype=float)
         self.test[family] = {"config": config.to_dict(), "accuracy": right.mean(), "rows": rows}
         if config != self.official:
-            # the models answer the same questions: a question's mean over the models is one draw
-            lead, error = paired_difference(right.mean(0), self.official_right.mean(0))
-            leads = (right - self.official_right).mean(1).tolist()
-            self.test[family] |= {"lead": lead, "standard_error": error, "leads": leads}
+            self.test[family] |= lead_over(right, self.official_right)
         return right
 
     def _time(self) -> None:

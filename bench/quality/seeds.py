@@ -21,8 +21,9 @@ import typer
 sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance, write_json
 
-from fastmmoe.analysis.accuracy import answers_of, paired_difference
+from fastmmoe.analysis.accuracy import answers_of
 from fastmmoe.analysis.results import read_parts
+from quality.leads import lead_over
 
 LEADER = "FastMMoE"
 PLACE = ("placement", "retention", "vision_top_k")  # where, how much and with how many experts; methods share it
@@ -57,10 +58,7 @@ def compare(studies: list[dict[str, Any]]) -> list[Row]:
         }
         leader = (LEADER, *key[1:])
         if leader in models[0] and leader != key:
-            # the models answer the same questions: a question's mean over the models is one draw. What the training's
-            # seed adds shows in the leads themselves
-            row["lead"], row["standard_error"] = paired_difference(answers(leader).mean(0), answers(key).mean(0))
-            row["leads"] = (answers(leader) - answers(key)).mean(1).tolist()
+            row |= lead_over(answers(leader), answers(key))
         found.append(row)
     return found
 

@@ -5,12 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from quality.schedules import candidates, cost
 from quality.seeds import compare
+from quality.windows import SIDE, BlockConfig
 
+from fastmmoe.analysis.methods import Method
 from fastmmoe.analysis.study import Session, Settings
 from fastmmoe.config import FastMMoEConfig
+from fastmmoe.pruning import StageInput
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
+from fastmmoe_kernels import VisionLayout
 
 
 def study(**right: str) -> dict:
@@ -75,3 +80,93 @@ def test_the_schedules_of_the_readme_are_those_that_were_tested(retention, setti
         ours, theirs = said.vision_left(stage, ours), tested.vision_left(stage, theirs)
         assert ours == theirs
     assert f"gains {found['lead']:.3f} +- {found['standard_error']:.3f}" in " ".join(readme.split())
+
+
+def windows_by_hand(left: list[int], block: tuple[int, int], regroup: bool) -> list[list[int]]:
+    """The picture's tokens that are left, cut into windows."""
+    rows, columns = block
+    corners = [(row, column) for row in range(0, SIDE, rows) for column in range(0, SIDE, columns)]
+    blocks = [
+        [row * SIDE + column for row in range(SIDE) for column in range(SIDE)
+         if top <= row < top + rows and start <= column < start + columns and row * SIDE + column in left]
+        for top, start in corners
+    ]  # fmt: skip
+    if not regroup:
+        return [tokens for tokens in blocks if tokens]
+    row = sum(blocks, [])
+    return [row[start : start + rows * columns] for start in range(0, len(row), rows * columns)]
+
+
+def stage_by_hand(
+    values: dict[int, float], seen: dict[int, float], windows: list[list[int]], target: int
+) -> tuple[dict[int, float], set[int]]:
+    """Half of the survivors are means of the least attended windows, the others the most attended tokens."""
+    count = min(int(target * 0.5), (len(values) - target) // (max(map(len, windows)) - 1 or 1), len(windows) - 1)
+    windows = sorted(windows, key=lambda tokens: sum(seen[token] for token in tokens) / len(tokens))
+    merged = {tokens[0]: sum(values[token] for token in tokens) / len(tokens) for tokens in windows[:count]}
+    others = sorted(sum(windows[count:], []), key=lambda token: -seen[token])
+    found = merged | {token: values[token] for token in others[: target - count]}
+    return dict(sorted(found.items())), set(merged)
+
+
+@pytest.mark.parametrize("regroup", [True, False])
+@pytest.mark.parametrize("block", [(2, 2), (3, 2), (1, 3)])
+def test_windows_that_are_blocks_of_the_picture(block, regroup):
+    """Two stages on two samples, one of them padded, against lists."""
+    rng = torch.Generator().manual_seed(0)
+    config = BlockConfig(
+        prune_layers=(1, 2), keep_ratios=(0.6, 0.5), strategy="dynamic_attention", merge_method="mean",
+        merge_ratio=0.5, window=block[0] * block[1], block=block, regroup=regroup,
+    )  # fmt: skip
+    fronts, width, behind = (3, 5), 108, 3  # other tokens in front of the picture; the first sample has two of padding
+    vision, valid = torch.zeros(2, width, dtype=torch.bool), torch.zeros(2, width, dtype=torch.bool)
+    for sample in range(2):
+        vision[sample, width - behind - VISION_TOKENS : width - behind] = True
+        valid[sample, width - behind - VISION_TOKENS - fronts[sample] :] = True
+    layout, source = VisionLayout.from_mask(vision, valid), None
+    hidden = torch.randn(2, width, 1, generator=rng)
+    pruning = config.pruning()
+    first = pruning.read_prompt(lambda: hidden, layout, 0)
+    by_hand = [{token: hidden[sample, 5 + token].item() for token in range(VISION_TOKENS)} for sample in range(2)]
+    for stage, target in enumerate((60, 30)):
+        seen = torch.rand(2, layout.width, generator=rng)
+        angles = torch.arange(layout.width).view(1, -1, 1) * 1.0
+        pruned = pruning.prune(
+            StageInput(
+                stage=stage, hidden=hidden, residual=-hidden, layout=layout, seen=seen, prompt=first, source=source,
+                gate_probs=lambda hidden: torch.ones(*hidden.shape[:2], 2), rope=(angles, -angles),
+            )
+        )  # fmt: skip
+        for sample, values in enumerate(by_hand):
+            at = layout.vision_mask[sample].nonzero().flatten()
+            attention = dict(zip(values, seen[sample, at].tolist(), strict=True))
+            windows = windows_by_hand(list(values), block, regroup)
+            expected, merged = stage_by_hand(values, attention, windows, target)
+            by_hand[sample] = expected
+
+            is_vision = pruned.layout.vision_mask[sample]
+            positions = pruned.index[sample, is_vision] - 5
+            assert positions.tolist() == list(expected)
+            assert pruned.merged[sample, is_vision].tolist() == [token in merged for token in expected]
+            torch.testing.assert_close(pruned.hidden[sample, is_vision, 0], torch.tensor(list(expected.values())))
+            torch.testing.assert_close(pruned.residual, -pruned.hidden)
+            assert pruned.layout.run_rank[sample, is_vision].tolist() == list(range(target))
+            # all of the rest stays, and every token keeps its own angles
+            others = pruned.valid[sample] & ~is_vision
+            assert int(others.sum()) == fronts[sample] + behind
+            kept = pruned.valid[sample] & ~pruned.merged[sample]
+            origin = pruned.rope[0][sample, kept, 0].long()
+            assert (layout.width - origin).tolist() == sorted((layout.width - origin).tolist(), reverse=True)
+            torch.testing.assert_close(hidden[sample, origin, 0], pruned.hidden[sample, kept, 0])
+            torch.testing.assert_close(pruned.rope[1], -pruned.rope[0])
+        hidden, layout, source = pruned.hidden, pruned.layout, pruned.index
+
+
+def test_windows_in_raster_order_are_the_official_ones():
+    session = Session(Settings(n=24, dev_n=1))
+    place = {"prune_layers": (1, 3), "retention": 0.3, "merge_ratio": 0.3}
+    official, blocks = (
+        session.evaluate("test", Method("", configs=(config,)))
+        for config in (FastMMoEConfig(**place), BlockConfig(**place, block=(1, 3)))
+    )
+    assert blocks["right"] == official["right"] and blocks["flops"] == official["flops"]

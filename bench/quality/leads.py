@@ -1,0 +1,16 @@
+"""By how much one method leads another when several models answer the same questions."""
+
+from typing import Any
+
+import numpy as np
+
+from fastmmoe.analysis.accuracy import paired_difference
+
+
+def lead_over(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """The mean lead, its standard error, and the lead with each model; right or wrong answers, [models, questions].
+
+    A question's mean over the models is one draw. What the training's seed adds shows in the leads themselves.
+    """
+    lead, error = paired_difference(right.mean(0), other.mean(0))
+    return {"lead": lead, "standard_error": error, "leads": (right - other).mean(1).tolist()}
