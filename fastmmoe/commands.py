@@ -171,6 +171,9 @@ def run(
         str | None,
         typer.Option(help="hybrid, routing_similarity or dynamic_attention.", show_default="the preset's"),
     ] = None,
+    keep_by: Annotated[
+        str | None, typer.Option(help="importance (the paper's) or redundancy (ours).", show_default="importance")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "auto",
     max_new_tokens: NewTokens = 128,
@@ -188,7 +191,13 @@ def run(
     pictures = _open_images(images)
     if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         _fail(f"--model {model}: no such directory")
-    given = {"vision_top_k": vision_top_k, "prune_layers": _layers(prune_layers), "alpha": alpha, "strategy": strategy}
+    given = {
+        "vision_top_k": vision_top_k,
+        "prune_layers": _layers(prune_layers),
+        "alpha": alpha,
+        "strategy": strategy,
+        "keep_by": keep_by,
+    }
     overrides = {name: value for name, value in given.items() if value is not None}
     target = _device(device)
     with _refusing(OSError, ValueError, TypeError):

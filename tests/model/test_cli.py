@@ -165,11 +165,12 @@ def test_run_on_the_saved_model_is_the_bench(tmp_path, picture, checkpoint):
 
 def test_run_takes_images_and_settings(picture, checkpoint):
     options = ["--vision-top-k", 3, "--prune-layers", "4,9", "--alpha", 0.3, "--strategy", "routing_similarity"]
+    options += ["--keep-by", "redundancy"]
     common = ["--image", picture, "--image", picture, "--prompt", "Compare.", "--max-new-tokens", 2, "--json"]
     figures = json.loads(succeed("run", "--model", checkpoint, *common, *options, "--device", "cpu"))
     config = figures["config"]
     assert (config["vision_top_k"], config["prune_layers"], config["alpha"]) == (3, [4, 9], 0.3)
-    assert (config["strategy"], config["retention"]) == ("routing_similarity", 0.5)
+    assert (config["strategy"], config["keep_by"], config["retention"]) == ("routing_similarity", "redundancy", 0.5)
     assert figures["report"]["n_vision"] == [512]
     assert [stage["layer"] for stage in figures["report"]["stages"]] == [4, 9]
     assert figures["picture"] is None
@@ -262,6 +263,7 @@ def test_bad_input_is_one_line(arguments, says):
         (["--prune-layers", "8,5"], "rising order"),
         (["--vision-top-k", "5"], "at most the model's 4"),
         (["--strategy", "best"], "hybrid"),
+        (["--keep-by", "size"], "redundancy"),
         (["--device", "potato"], "potato"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
     ],
