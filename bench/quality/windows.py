@@ -6,7 +6,8 @@
 The paper cuts windows from the tokens of a run in the order of the sequence, anew at each stage. Here they are blocks
 of rows x columns, cut anew from the survivors in the order of the blocks, or else what is left of the picture's own
 blocks. For each way to rank tokens, the windows that answer best on dev with the first model, in the mean of several
-places and retentions, are tested against the official ones with every model. Counts, and so FLOPs, are the same.
+places and retentions, are tested against the official ones with every model; and the rankings, with the official
+windows, against the paper's. Counts, and so FLOPs, are the same.
 """
 
 import sys
@@ -148,7 +149,8 @@ class Comparison:
 
     Attributes:
         dev: a row per windows that were tried: its accuracy at every place, and the mean.
-        test: the best windows' and the official ones' rows, and the lead.
+        test: the best windows, their accuracy at every place, and their lead over the official ones.
+        official: whether the official windows' answers to the test questions are right, [places, models, questions].
     """
 
     def __init__(self, sessions: list[Session], changes: dict[str, Any]):
@@ -169,24 +171,29 @@ class Comparison:
             mean = float(np.mean(accuracies))
             self.dev.append({"block": block, "regroup": regroup, "accuracy": mean, "accuracies": accuracies})
         best = max(self.dev, key=lambda row: row["accuracy"])
-        official = self._test((1, 3), True)
+        self.official = self._test((1, 3), True)
         right = self._test(best["block"], best["regroup"])
         self.test = {
             "block": best["block"],
             "regroup": best["regroup"],
-            "official": official.mean((1, 2)).tolist(),  # by place
             "accuracies": right.mean((1, 2)).tolist(),
             # the places ask the same questions
-            **lead_over(right.mean(0), official.mean(0)),
+            **lead_over(right.mean(0), self.official.mean(0)),
         }
+
+    def against(self, paper: "Comparison") -> list[dict[str, Any]]:
+        """This ranking with the official windows, at every place: accuracy, and lead over another ranking."""
+        return [
+            {"accuracy": ours.mean(), **lead_over(ours, theirs)}
+            for ours, theirs in zip(self.official, paper.official, strict=True)
+        ]
 
     def show(self, name: str) -> None:
         for row in sorted(self.dev, key=lambda row: -row["accuracy"]):
             scope = "anew" if row["regroup"] else "fixed"
             by_place = " ".join(f"{accuracy:.3f}" for accuracy in row["accuracies"])
             print(f"{name}: {row['block'][0]} x {row['block'][1]:<2} {scope:5} {row['accuracy']:.4f} ({by_place})")
-        one_by_one = " ".join(f"{lead:+.4f}" for lead in self.test["leads"])
-        print(f"  the first leads by {self.test['lead']:+.4f} +- {self.test['standard_error']:.4f} ({one_by_one})")
+        print(f"  on test, the first leads the official windows by {_shown(self.test)}")
 
     def _test(self, block: tuple[int, int], regroup: bool) -> np.ndarray:
         """Whether the answers to the test questions are right, float [places, models, questions]."""
@@ -196,6 +203,11 @@ class Comparison:
     def _evaluate(self, session: Session, split: str, place: dict, block: tuple[int, int], regroup: bool) -> dict:
         config = BlockConfig(**place, **self.changes, window=prod(block), block=block, regroup=regroup)
         return session.evaluate(split, Method("windows", configs=(config,)))
+
+
+def _shown(row: dict[str, Any]) -> str:
+    one_by_one = " ".join(f"{lead:+.4f}" for lead in row["leads"])
+    return f"{row['lead']:+.4f} +- {row['standard_error']:.4f} ({one_by_one})"
 
 
 @torch.inference_mode()
@@ -209,12 +221,22 @@ def main(
     """Choose windows on dev with the first model, report on test with all."""
     sessions = [Session(Settings(model=one, n=n, dev_n=dev_n, seed=seed)) for one in model or (None,)]
     head = provenance(torch.device("cpu")) | {"models": [session.describe_model() for session in sessions]}
-    results = {}
+    results, paper = {}, None
     for name, changes in RANKINGS.items():
         comparison = Comparison(sessions, changes)
         comparison.run(name)
         comparison.show(name)
-        results[name] = {"places": comparison.places, "dev": comparison.dev, "test": comparison.test}
+        paper = paper or comparison
+        rankings = comparison.against(paper)
+        for place, row in zip(comparison.places, rankings, strict=True):
+            where = f"{place['prune_layers']}, {place['retention']} left"
+            print(f"  {where}: {row['accuracy']:.3f}, leads the paper's ranking by {_shown(row)}")
+        results[name] = {
+            "places": comparison.places,
+            "dev": comparison.dev,
+            "official_windows": rankings,
+            "best_windows": comparison.test,
+        }
         write_json(head | {"n": n, "dev_n": dev_n, "seed": seed, "results": results}, json_path)
 
 
