@@ -1,7 +1,7 @@
 """Whether what the study says of one checkpoint holds for others: the `methods` parts of several studies, side by side.
 
-    python bench/quality/train.py --work train1 --seed 1 --steps 2600
-    fastmmoe analyze --model train1/checkpoint --out bench/results/quality/seed1 --parts methods --n 1000 --workers 2
+    python bench/quality/train.py --work train1 --seed 1 --steps 2600 && cp -r train1/checkpoint seed1
+    fastmmoe analyze --model seed1 --out bench/results/quality/seed1 --parts methods --n 2000 --workers 1
     # the same with seed 2, and then
     python bench/quality/seeds.py bench/results/quality bench/results/quality/seed1 bench/results/quality/seed2 \\
         --json bench/results/quality/seeds.json

@@ -150,6 +150,7 @@ def main(
     packed = evaluate_packed(model, "test", 0, scenes, progress=True)
     generated = evaluate_generated(model, "test", 0, generated_scenes, progress=True)
     same = packed[: len(generated)]
+    disagreements = sum(one != other for one, other in zip(generated, same, strict=True))
     test = summarise(packed)
     result = provenance(torch.device("cpu")) | {
         "split": "test",
@@ -157,6 +158,7 @@ def main(
         "exact_match": test,
         "generated": summarise(generated),
         "packed_on_the_generated": summarise(same),
+        "judged_otherwise": disagreements,
     }
     (RESULTS / "test.json").write_text(json.dumps(result, indent=1) + "\n")
 
@@ -190,7 +192,7 @@ def main(
         generated=sum(right for *_, right in generated) / len(generated),
         generated_n=len(generated),
         packed=sum(right for *_, right in same) / len(same),
-        disagreements=sum(one != other for one, other in zip(generated, same, strict=True)),
+        disagreements=disagreements,
         **{name: settings[name] for name in ("seed", "steps", "vision_steps", "vision_batch", "batch", "questions")},
         balance=settings["balance"],
     )
