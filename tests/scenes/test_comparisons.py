@@ -82,6 +82,27 @@ def test_the_schedules_of_the_readme_are_those_that_were_tested(retention, setti
     assert f"gains {found['lead']:.3f} +- {found['standard_error']:.3f}" in " ".join(readme.split())
 
 
+def test_the_rankings_of_the_readme_are_those_that_were_tested():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    results = json.loads((ROOT / "bench/results/quality/windows.json").read_text())["results"]
+
+    def bullet(begin: str) -> str:
+        return readme[readme.index(begin) :].split(" - ")[0]
+
+    def said(row: dict) -> str:
+        return f"{row['lead']:.3f} +- {row['standard_error']:.3f}"
+
+    ours = results["redundancy"]["official_windows"]
+    assert all(said(row) in bullet("**Better than the paper's default ranking") for row in ours)
+    losses = [lead for row in ours for lead in row["leads"] if lead < 0]
+    assert len(losses) == 1 and f"a loss, of {-losses[0]:.4f}" in readme
+    *stages, _, single = results["routing similarity"]["official_windows"]
+    text = bullet("The paper's other ranking")
+    assert all(said(row) in text for row in stages) and f"loses {said(single | {'lead': -single['lead']})}" in text
+    for name in results:
+        assert f"({said(results[name]['best_windows'])})" in bullet("Nor does the shape of windows")
+
+
 def windows_by_hand(left: list[int], block: tuple[int, int], regroup: bool) -> list[list[int]]:
     """The picture's tokens that are left, cut into windows."""
     rows, columns = block
