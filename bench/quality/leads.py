@@ -14,3 +14,9 @@ def lead_over(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     """
     lead, error = paired_difference(right.mean(0), other.mean(0))
     return {"lead": lead, "standard_error": error, "leads": (right - other).mean(1).tolist()}
+
+
+def shown(found: dict[str, Any]) -> str:
+    """A lead in words."""
+    one_by_one = " ".join(f"{lead:+.4f}" for lead in found["leads"])
+    return f"{found['lead']:+.4f} +- {found['standard_error']:.4f} ({one_by_one})"

@@ -31,7 +31,7 @@ from fastmmoe.analysis.study import Session, Settings
 from fastmmoe.analysis.timing import prefill_times
 from fastmmoe.config import FastMMoEConfig
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
-from quality.leads import lead_over
+from quality.leads import lead_over, shown
 
 LAYERS = ((1, 2, 3), (1, 3, 5), (2, 3, 4), (2, 4, 6), (2, 3), (2, 4), (3, 4), (3, 5), (2,), (3,), (4,))
 STEEPNESS = (1.0, 0.6)  # each stage's keep ratio as a share of the one before
@@ -136,8 +136,7 @@ class Comparison:
             print(f"{family}: {found['accuracy']:.3f} at {costs}")
             print(f"  at {config.prune_layers} keep {ratios}; K_v {config.vision_top_k} from {config.reduction_layer}")
             if "lead" in found:
-                one_by_one = " ".join(f"{lead:+.4f}" for lead in found["leads"])
-                print(f"  leads by {found['lead']:+.4f} +- {found['standard_error']:.4f} ({one_by_one})")
+                print(f"  leads by {shown(found)}")
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from provenance import provenance, write_json
 
 from fastmmoe.analysis.accuracy import answers_of
 from fastmmoe.analysis.results import read_parts
-from quality.leads import lead_over
+from quality.leads import lead_over, shown
 
 LEADER = "FastMMoE"
 PLACE = ("placement", "retention", "vision_top_k")  # where, how much and with how many experts; methods share it
@@ -80,8 +80,7 @@ def main(
         line = f"{row['placement'] or 'all tokens':10} {row['retention'] or 1:4} {experts:11} {row['method']:28}"
         line += f" {row['accuracy']:.3f} at {row['flops_ratio']:.2f}"
         if "leads" in row:
-            one_by_one = " ".join(f"{lead:+.3f}" for lead in row["leads"])
-            line += f"  {LEADER} leads by {row['lead']:+.4f} +- {row['standard_error']:.4f} ({one_by_one})"
+            line += f"  {LEADER} leads by {shown(row)}"
         print(line)
     models = [study["study"]["model"] for study in studies]
     write_json({**provenance(torch.device("cpu")), "models": models, "rows": rows}, json_path)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from math import isqrt, prod
+from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ from fastmmoe.config import FastMMoEConfig, int_from, tuple_of
 from fastmmoe.pruning import FastMMoEPruning, Pruning, StageInput
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
 from fastmmoe_kernels import PrunedBatch, VisionLayout
-from quality.leads import lead_over
+from quality.leads import lead_over, shown
 
 SIDE = isqrt(VISION_TOKENS)  # of a picture, in tokens
 RANKINGS = {
@@ -52,13 +52,18 @@ class BlockConfig(FastMMoEConfig):
     """FastMMoE whose windows are blocks of the picture; for prompts with one picture of SIDE x SIDE tokens.
 
     Args:
-        block: rows and columns of a block; `window` is its size.
+        block: rows and columns of a block; `window` becomes their product.
         regroup: cut windows anew from the survivors in the order of the blocks; else a window is what is left of a
             block.
     """
 
     block: tuple[int, ...] = checked((1, 3), tuple_of(int_from(1)))
-    regroup: bool = checked(True, lambda name, value: bool(value))
+    regroup: bool = checked(True, lambda name, value: value)
+
+    def __post_init__(self):
+        super().__post_init__()
+        rows, columns = self.block
+        object.__setattr__(self, "window", rows * columns)
 
     def pruning(self) -> Pruning:
         return _BlockPruning(self)
@@ -193,7 +198,7 @@ class Comparison:
             scope = "anew" if row["regroup"] else "fixed"
             by_place = " ".join(f"{accuracy:.3f}" for accuracy in row["accuracies"])
             print(f"{name}: {row['block'][0]} x {row['block'][1]:<2} {scope:5} {row['accuracy']:.4f} ({by_place})")
-        print(f"  on test, the first leads the official windows by {_shown(self.test)}")
+        print(f"  on test, the first leads the official windows by {shown(self.test)}")
 
     def _test(self, block: tuple[int, int], regroup: bool) -> np.ndarray:
         """Whether the answers to the test questions are right, float [places, models, questions]."""
@@ -201,13 +206,8 @@ class Comparison:
         return np.array([[answers_of(row) for row in models] for models in rows], dtype=float)
 
     def _evaluate(self, session: Session, split: str, place: dict, block: tuple[int, int], regroup: bool) -> dict:
-        config = BlockConfig(**place, **self.changes, window=prod(block), block=block, regroup=regroup)
+        config = BlockConfig(**place, **self.changes, block=block, regroup=regroup)
         return session.evaluate(split, Method("windows", configs=(config,)))
-
-
-def _shown(row: dict[str, Any]) -> str:
-    one_by_one = " ".join(f"{lead:+.4f}" for lead in row["leads"])
-    return f"{row['lead']:+.4f} +- {row['standard_error']:.4f} ({one_by_one})"
 
 
 @torch.inference_mode()
@@ -230,7 +230,7 @@ def main(
         rankings = comparison.against(paper)
         for place, row in zip(comparison.places, rankings, strict=True):
             where = f"{place['prune_layers']}, {place['retention']} left"
-            print(f"  {where}: {row['accuracy']:.3f}, leads the paper's ranking by {_shown(row)}")
+            print(f"  {where}: {row['accuracy']:.3f}, leads the paper's ranking by {shown(row)}")
         results[name] = {
             "places": comparison.places,
             "dev": comparison.dev,

@@ -1,4 +1,4 @@
-"""What `bench/quality/` compares beyond the study: several models, and schedules of equal cost."""
+"""What `bench/quality/` compares beyond the study: several models, schedules of equal cost, shapes of windows."""
 
 import dataclasses
 import json
@@ -137,7 +137,7 @@ def test_windows_that_are_blocks_of_the_picture(block, regroup):
     rng = torch.Generator().manual_seed(0)
     config = BlockConfig(
         prune_layers=(1, 2), keep_ratios=(0.6, 0.5), strategy="dynamic_attention", merge_method="mean",
-        merge_ratio=0.5, window=block[0] * block[1], block=block, regroup=regroup,
+        merge_ratio=0.5, block=block, regroup=regroup,
     )  # fmt: skip
     fronts, width, behind = (3, 5), 108, 3  # other tokens in front of the picture; the first sample has two of padding
     vision, valid = torch.zeros(2, width, dtype=torch.bool), torch.zeros(2, width, dtype=torch.bool)
