@@ -1,19 +1,23 @@
 """FastMMoE: faster prefill of multimodal mixture-of-experts models."""
 
 # not lazy: the functions share their names with their modules, and a later import of the module would hide them
-from fastmmoe.config import FastMMoEConfig
+from fastmmoe.cost.flops import FlopsReport, flops
 from fastmmoe.enable import disable, enable, enabled, fixed_layout
-from fastmmoe.flops import FlopsReport, flops
-from fastmmoe.packing import pack_batch
+from fastmmoe.methods import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.prefill.packing import pack_batch
 from fastmmoe.report import PrefillReport, StageReport, report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FastMMoEConfig",
+    "FastVConfig",
     "FlopsReport",
     "PrefillReport",
+    "RandomConfig",
+    "SparseVLMConfig",
     "StageReport",
+    "UniformConfig",
     "disable",
     "enable",
     "enabled",

@@ -6,72 +6,71 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastmmoe.config import ReductionConfig
-from fastmmoe.hooks import Hooks
+from fastmmoe.prefill.installation import installation_for, installation_of
+from fastmmoe.prefill.plan import Plan
 from fastmmoe_kernels import VisionLayout
-
-ATTRIBUTE = "_fastmmoe_hooks"
 
 
 def enable(model: nn.Module, config: ReductionConfig) -> None:
     """Run every prefill of `model` with FastMMoE from now on; decoding stays the stock path.
 
-    A model that is enabled already gets the new config. After an error it is as it was before the call.
+    A model that is enabled already gets the new config, whichever of its modules or wrappers it is reached by. After an
+    error it is as it was before the call. Threads may call one enabled model, and may enable and disable it: a forward
+    ends under the config with which it began. A copy of an enabled model is a stock model.
+
+    Which token asks: a prompt's last one. With `logits_to_keep=k` and k > 1 the last k - 1 tokens are candidates (of
+    assisted decoding) or answers to be scored, and the token in front of them asks; so logits may depend on k. With
+    `use_cache=False`, `generate` prunes anew at every step, and what it has said so far asks. A prompt of
+    `inputs_embeds` without vision features runs on the stock model, with a warning: see `fixed_layout`.
 
     Args:
         model: a supported multimodal MoE model from transformers, in evaluation mode.
-        config: what to reduce, see `FastMMoEConfig`; `FastMMoEConfig.preset(model, retention=0.5)` for a start. One of
-            `fastmmoe.baselines` prunes as other methods do.
+        config: what to reduce, see `FastMMoEConfig`; `FastMMoEConfig.preset(model, retention=0.5)` for a start. Another
+            one of `fastmmoe.methods` prunes as other methods do.
 
     Raises:
-        TypeError: `model` is no module or `config` neither a FastMMoEConfig nor a baseline's.
+        TypeError: `model` is no module or `config` is no method's config.
         ValueError: unsupported model type, training mode, prune layers that are no MoE layers, or any other
             combination that could not work; names the argument.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(config, ReductionConfig):
-        raise TypeError(f"config: expected a FastMMoEConfig or a baseline's config, got {type(config).__name__}")
-    before = hooks_of(model)
-    if before is not None:
-        before.remove()
-    try:
-        hooks = Hooks(model, config)
-        hooks.install()
-    except BaseException:
-        if before is not None:
-            before.install()
-        raise
-    object.__setattr__(model, ATTRIBUTE, hooks)
+    _check_arguments(model, config)
+    installation = installation_for(model)
+    installation.set_plan(Plan.of(installation.family, installation.text, config))
 
 
 def disable(model: nn.Module) -> None:
-    """Give the stock model back, bit for bit. Does nothing on a model that is not enabled."""
-    hooks = hooks_of(model)
-    if hooks is not None:
-        hooks.remove()
-        object.__delattr__(model, ATTRIBUTE)
+    """Give the stock model back, bit for bit. Does nothing on a model that is not enabled.
+
+    Within an `enabled` block of the same thread, for the rest of that block.
+    """
+    installation = installation_of(model)
+    if installation is not None:
+        installation.set_plan(None)
 
 
 @contextmanager
 def enabled(model: nn.Module, config: ReductionConfig) -> Iterator[nn.Module]:
     """Enable FastMMoE within a `with` block; afterwards the model is as it was before, enabled or not.
 
+    A block counts for the thread or asyncio task that entered it, as those of torch do; blocks of several may overlap.
+    A thread that is started within a block is in none: it runs what `enable` made of the model, with a warning; start
+    it by `contextvars.copy_context().run`, or enter a block in it. `enable` and `disable` within a block change what is
+    in force in that block.
+
     Raises: as `enable`.
     """
-    before = hooks_of(model)
-    enable(model, config)
+    _check_arguments(model, config)
+    installation = installation_for(model)
+    block = installation.open_block(Plan.of(installation.family, installation.text, config))
     try:
         yield model
     finally:
-        disable(model)
-        if before is not None:
-            before.install()
-            object.__setattr__(model, ATTRIBUTE, before)
+        block.close()
 
 
 @contextmanager
 def fixed_layout(model: nn.Module, layout: VisionLayout) -> Iterator[nn.Module]:
-    """Within a `with` block, every forward of this thread on an enabled model is a prefill with this layout.
+    """Within a `with` block, every forward of this thread or task on an enabled model is a prefill with this layout.
 
     Nothing is read from the device then, so that a whole prefill of the language model can be captured by
     `torch.cuda.graph` (after a warm-up, with `inputs_embeds` and an empty cache or none), and a layout made from ids on
@@ -88,15 +87,23 @@ def fixed_layout(model: nn.Module, layout: VisionLayout) -> Iterator[nn.Module]:
         ValueError: in a forward whose shape is not the layout's, whose cache is not empty, or that brings no attention
             mask for a layout with padding.
     """
-    hooks = hooks_of(model)
-    if hooks is None:
+    installation = installation_of(model)
+    if installation is None or installation.plan is None:
         raise RuntimeError("model: FastMMoE is not enabled; call fastmmoe.enable(model, config) first")
     if not isinstance(layout, VisionLayout):
         raise TypeError(f"layout: expected a VisionLayout, got {type(layout).__name__}")
-    with hooks.fixed_layout(layout):
+    device = next(installation.text.parameters()).device
+    if device.type != "meta":  # once, and not in every forward
+        layout = layout.to(device)
+    block = installation.open_layout(layout)
+    try:
         yield model
+    finally:
+        block.close()
 
 
-def hooks_of(model: nn.Module) -> Hooks | None:
-    """The hooks that `enable` put on a model; None when it is not enabled."""
-    return model.__dict__.get(ATTRIBUTE)
+def _check_arguments(model: nn.Module, config: ReductionConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, ReductionConfig):
+        raise TypeError(f"config: expected a FastMMoEConfig or another method's config, got {type(config).__name__}")

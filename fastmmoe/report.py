@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from torch import nn
 
-from fastmmoe.config import FastMMoEConfig
-from fastmmoe.enable import hooks_of
-from fastmmoe.flops import FlopsReport, flops
-from fastmmoe.prefill import Segment
+from fastmmoe.cost.flops import FlopsReport, flops
+from fastmmoe.methods import FastMMoEConfig
+from fastmmoe.prefill.installation import installation_of, plan_in_force
+from fastmmoe.prefill.sequence import Segment
 
 KEPT, MERGED, DROPPED, GONE = range(4)  # values of StageReport.fate
 
@@ -21,10 +21,10 @@ class StageReport:
         layer: the decoder layer.
         entering: vision tokens that reach the stage.
         kept: survivors as they were.
-        merged: survivors that stand for several: a merged window, or SparseVLM's recycled tokens.
+        merged: survivors that stand for several: a merged window, or a cluster of recycled tokens.
         dropped: entering - kept - merged.
         fate: int8 [n_vision of the prompt] per sample, in sequence order: 0 kept, 1 member of a merged window
-            (of SparseVLM's recycled tokens, the one whose place they take), 2 dropped here, 3 gone at an earlier stage.
+            (of recycled tokens, the one whose place their cluster takes), 2 dropped here, 3 gone at an earlier stage.
     """
 
     layer: int
@@ -89,17 +89,17 @@ def report(model: nn.Module) -> PrefillReport:
     Raises:
         RuntimeError: FastMMoE is not enabled on `model`, or no prefill with vision tokens has run since.
     """
-    hooks = hooks_of(model)
-    if hooks is None:
+    plan = plan_in_force(model)
+    if plan is None:
         raise RuntimeError("model: FastMMoE is not enabled; call fastmmoe.enable(model, config) first")
-    if hooks.last is None:
+    if plan.last is None:
         raise RuntimeError("model: no prefill with vision tokens has run since FastMMoE was enabled")
-    segments = hooks.last
+    text_config, segments = installation_of(model).text.config, plan.last
     layout = segments[0].layout
     n_text = tuple(length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True))
-    config = FastMMoEConfig() if hooks.skipped else hooks.config
+    config = FastMMoEConfig() if plan.skipped else plan.config
     prune_layers = config.prune_layers
-    # baselines have no windows: what they merge is told by the token it stands at alone
+    # other methods have no windows: what they merge is told by the token it stands at alone
     window = getattr(config, "window", 1)
     # the MoE of a layer that is pruned behind still has all tokens
     shortened = [layer + config.prunes_behind_layer for layer in prune_layers]
@@ -108,17 +108,17 @@ def report(model: nn.Module) -> PrefillReport:
         n_vision=layout.n_vision,
         tokens_per_layer=tuple(
             segments[sum(first <= layer for first in shortened)].layout.lengths
-            for layer in range(hooks.text_config.num_hidden_layers)
+            for layer in range(text_config.num_hidden_layers)
         ),
         stages=_stages(segments, prune_layers, window),
         flops=flops(
-            hooks.text_config,
+            text_config,
             n_text,
             layout.n_vision,
             config,
             vision_left=[segment.layout.n_vision for segment in segments[1:]],
         ),
-        skipped=hooks.skipped,
+        skipped=plan.skipped,
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmmoe.analysis.accuracy import paired_difference
+from fastmmoe.study.accuracy import paired_difference
 
 
 def lead_over(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:

@@ -25,12 +25,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance, write_json
 
 import fastmmoe
-from fastmmoe.analysis.accuracy import answers_of
-from fastmmoe.analysis.methods import Method, dense
-from fastmmoe.analysis.study import Session, Settings
-from fastmmoe.analysis.timing import prefill_times
-from fastmmoe.config import FastMMoEConfig
+from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
+from fastmmoe.study.accuracy import answers_of
+from fastmmoe.study.methods import Method, dense
+from fastmmoe.study.study import Session, Settings
+from fastmmoe.study.timing import prefill_times
 from quality.leads import lead_over, shown
 
 LAYERS = ((1, 2, 3), (1, 3, 5), (2, 3, 4), (2, 4, 6), (2, 3), (2, 4), (3, 4), (3, 5), (2,), (3,), (4,))

@@ -21,8 +21,8 @@ import typer
 sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance, write_json
 
-from fastmmoe.analysis.accuracy import answers_of
-from fastmmoe.analysis.results import read_parts
+from fastmmoe.study.accuracy import answers_of
+from fastmmoe.study.results import read_parts
 from quality.leads import lead_over, shown
 
 LEADER = "FastMMoE"

@@ -43,7 +43,7 @@ can do nothing else.
 
 ```python
 from transformers import AutoModelForImageTextToText
-from fastmmoe.processors import load_processor  # with torchvision, transformers.AutoProcessor does as well
+from fastmmoe.families.processors import load_processor  # with torchvision, transformers.AutoProcessor does as well
 from fastmmoe.scenes import CHECKPOINT, EXAMPLE
 from PIL import Image
 

@@ -24,15 +24,16 @@ import typer
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
+from fastmmoe.methods.base import checked
 from provenance import provenance, write_json
 
-from fastmmoe.analysis.accuracy import answers_of
-from fastmmoe.analysis.methods import Method
-from fastmmoe.analysis.study import Session, Settings
-from fastmmoe.baselines.base import checked
-from fastmmoe.config import FastMMoEConfig, int_from, tuple_of
-from fastmmoe.pruning import FastMMoEPruning, Pruning, StageInput
+from fastmmoe.methods import FastMMoEConfig, int_from, tuple_of
+from fastmmoe.methods.fastmmoe import FastMMoEPruning
+from fastmmoe.methods.method import Pruning, StageInput
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
+from fastmmoe.study.accuracy import answers_of
+from fastmmoe.study.methods import Method
+from fastmmoe.study.study import Session, Settings
 from fastmmoe_kernels import PrunedBatch, VisionLayout
 from quality.leads import lead_over, shown
 

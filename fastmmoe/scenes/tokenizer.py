@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from fastmmoe.processors import InternVLProcessor
+from fastmmoe.families.internvl_processor import InternVLProcessor
 from fastmmoe.scenes.pictures import CELLS, COLOURS, SIZE
 
 VISION_TOKENS = 100  # per picture: 20 x 20 patches, of which pixel shuffle joins 2 x 2

@@ -5,8 +5,8 @@ import torch
 from model.tiny import spread
 from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, Qwen3MoeConfig
 
-from fastmmoe.analysis.study import Settings
 from fastmmoe.scenes.tokenizer import VISION_TOKENS, VOCABULARY, scene_processor
+from fastmmoe.study.study import Settings
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ import torch
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
-from fastmmoe.analysis.accuracy import binomial_error, by_type, evaluate, paired_difference
-from fastmmoe.analysis.answers import answer, end_tokens
-from fastmmoe.analysis.methods import Method
-from fastmmoe.analysis.questions import Example
-from fastmmoe.analysis.study import session_of
-from fastmmoe.baselines import FastVConfig
-from fastmmoe.compare import build_inputs
+from fastmmoe.cli.compare import build_inputs
+from fastmmoe.methods import FastVConfig
+from fastmmoe.study.accuracy import binomial_error, by_type, evaluate, paired_difference
+from fastmmoe.study.answers import answer, end_tokens
+from fastmmoe.study.methods import Method
+from fastmmoe.study.questions import Example
+from fastmmoe.study.study import session_of
 
 CONFIGS = {
     "dense": None,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from model.tiny import tiny_internvl
 
-from fastmmoe.analysis.magnitude import magnitude_stability
-from fastmmoe.analysis.observe import PerPrompt
-from fastmmoe.analysis.prompts import Prompt, make_batches
-from fastmmoe.analysis.routing import routing_similarity
+from fastmmoe.study.magnitude import magnitude_stability
+from fastmmoe.study.observe import PerPrompt
+from fastmmoe.study.prompts import Prompt, make_batches
+from fastmmoe.study.routing import routing_similarity
 
 LENGTHS = (31, 24, 27)
 

@@ -6,10 +6,9 @@ import pytest
 from model.tiny import tiny_internvl
 
 import fastmmoe
-from fastmmoe.analysis import methods
-from fastmmoe.analysis.methods import Setting
-from fastmmoe.baselines import FastVConfig, SparseVLMConfig
-from fastmmoe.config import FastMMoEConfig
+from fastmmoe.methods import FastMMoEConfig, FastVConfig, SparseVLMConfig
+from fastmmoe.study import methods
+from fastmmoe.study.methods import Setting
 
 
 def setting_of_depth(layers):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmmoe.analysis.questions import matches, read_questions, scene_questions
 from fastmmoe.scenes import TYPES, generator, scene
+from fastmmoe.study.questions import matches, read_questions, scene_questions
 
 
 def test_scene_questions_are_reproducible_and_one_per_picture():

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastmmoe.analysis import methods, tables
-from fastmmoe.analysis.plots import draw_plots
-from fastmmoe.analysis.results import read_parts
-from fastmmoe.analysis.study import PARTS, Study, choose, session_of
-from fastmmoe.analysis.timing import prefill_times
-from fastmmoe.commands import app
+from fastmmoe.cli.commands import app
+from fastmmoe.study import methods, tables
+from fastmmoe.study.plots import draw_plots
+from fastmmoe.study.results import read_parts
+from fastmmoe.study.study import PARTS, Study, choose, session_of
+from fastmmoe.study.timing import prefill_times
 
 
 @pytest.fixture

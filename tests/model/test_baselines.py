@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastmmoe
-from fastmmoe.baselines import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
-from fastmmoe.baselines.attention_rows import attention_rows, last_positions
-from fastmmoe.baselines.blind import random_importance, uniform_importance
-from fastmmoe.baselines.fastv import received_attention
-from fastmmoe.baselines.sparsevlm import (
+from fastmmoe.methods import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.methods.attention_rows import attention_rows, last_positions
+from fastmmoe.methods.fastv import received_attention
+from fastmmoe.methods.random import random_importance
+from fastmmoe.methods.sparsevlm import (
     SparseCounts,
     attention_ranks,
     density_peaks,
@@ -25,6 +25,7 @@ from fastmmoe.baselines.sparsevlm import (
     text_raters,
     vision_scores,
 )
+from fastmmoe.methods.uniform import uniform_importance
 from fastmmoe_kernels import VisionLayout, last_query_attention, prune_tokens
 
 from . import naive, naive_baselines

@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from fastmmoe.commands import app
+from fastmmoe.cli.commands import app
+from fastmmoe.cli.random_model import PROMPT, cat_photograph, random_model, save_random_model
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
-from fastmmoe.random_model import PROMPT, cat_photograph, random_model, save_random_model
 
 from .golden import golden
 from .tiny_deepseek import tiny_deepseek_vl2

@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
-from fastmmoe.adapters import find_text_model
-from fastmmoe.baselines import FastVConfig, SparseVLMConfig
+from fastmmoe.families import find_text_model
+from fastmmoe.methods import FastVConfig, SparseVLMConfig
 
 from .tiny import tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_batch, tiny_deepseek_vl2

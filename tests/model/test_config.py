@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Glm4MoeConfig, InternVLConfig, Qwen3Config, Qwen3MoeConfig
 
-from fastmmoe.config import FastMMoEConfig
+from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
 
 

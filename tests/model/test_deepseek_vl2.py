@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import fastmmoe.experts  # noqa: F401  registers "fastmmoe"
+import fastmmoe.prefill.experts  # noqa: F401  registers "fastmmoe"
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2TextConfig
 from fastmmoe.models.deepseek_vl2.image_tokens import image_token_index, num_image_tokens, tokens_per_side
 from fastmmoe.models.deepseek_vl2.text_model import DeepseekVLV2Router

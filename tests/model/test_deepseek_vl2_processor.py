@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
+from fastmmoe.families.processors import load_processor
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
-from fastmmoe.processors import load_processor
 
 from .golden import golden
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fastmmoe
-from fastmmoe import FastMMoEConfig, pruning
+from fastmmoe import FastMMoEConfig
+from fastmmoe.methods import fastmmoe as method
 
 from . import naive
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl
@@ -439,8 +440,8 @@ def test_attention_row_is_that_of_the_stock_model(model, monkeypatch):
         want = eager(**batch, output_attentions=True).attentions[1][:, :, -1].mean(1)
     captured = []
     fastmmoe.enable(model, FastMMoEConfig(prune_layers=(1,), retention=0.5))
-    original = pruning.prune_batch
-    monkeypatch.setattr(pruning, "prune_batch", lambda *a, **kw: (captured.append(a[3]), original(*a, **kw))[1])
+    original = method.prune_batch
+    monkeypatch.setattr(method, "prune_batch", lambda *a, **kw: (captured.append(a[3]), original(*a, **kw))[1])
     logits_of(model, batch)
     torch.testing.assert_close(captured[0], want, rtol=1e-4, atol=1e-6)
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-import fastmmoe.experts  # noqa: F401  registers the implementation
+import fastmmoe.prefill.experts  # noqa: F401  registers the implementation
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,

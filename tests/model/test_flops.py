@@ -21,8 +21,8 @@ from transformers import (
     Qwen3MoeModel,
 )
 
-from fastmmoe.config import FastMMoEConfig
-from fastmmoe.flops import ARCHITECTURES, Architecture, flops
+from fastmmoe.cost.flops import ARCHITECTURES, Architecture, flops
+from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
 from fastmmoe.models.deepseek_vl2.text_model import DeepseekVLV2TextModel
 

@@ -5,8 +5,8 @@ import torch
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
-from fastmmoe.baselines import FastVConfig, SparseVLMConfig, UniformConfig
-from fastmmoe.packing import Packing, read_packed_layout
+from fastmmoe.methods import FastVConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.prefill.packing import Packing, read_packed_layout
 from fastmmoe_kernels import VisionLayout
 
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl

@@ -13,9 +13,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import fastmmoe
-from fastmmoe.baselines import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
-from fastmmoe.baselines.blind import random_importance
 from fastmmoe.config import ReductionConfig
+from fastmmoe.methods import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.methods.random import random_importance
 from fastmmoe_kernels import VisionLayout
 
 from . import naive, naive_baselines, naive_deepseek

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
-from fastmmoe.adapters import find_text_model
-from fastmmoe.baselines import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.families import find_text_model
+from fastmmoe.methods import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
 from fastmmoe_kernels import VisionLayout
 
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl

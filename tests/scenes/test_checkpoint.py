@@ -9,7 +9,7 @@ from PIL import Image
 from quality.evaluate import evaluate_generated, evaluate_packed, summarise
 from transformers import AutoModelForImageTextToText
 
-from fastmmoe.processors import load_processor
+from fastmmoe.families.processors import load_processor
 from fastmmoe.scenes import CHECKPOINT, EXAMPLE, exact_match, generator, questions, scene
 from fastmmoe.scenes.tokenizer import prompt
 

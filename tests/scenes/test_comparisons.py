@@ -10,11 +10,11 @@ from quality.schedules import candidates, cost
 from quality.seeds import compare
 from quality.windows import SIDE, BlockConfig
 
-from fastmmoe.analysis.methods import Method
-from fastmmoe.analysis.study import Session, Settings
-from fastmmoe.config import FastMMoEConfig
-from fastmmoe.pruning import StageInput
+from fastmmoe.methods import FastMMoEConfig
+from fastmmoe.methods.method import StageInput
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
+from fastmmoe.study.methods import Method
+from fastmmoe.study.study import Session, Settings
 from fastmmoe_kernels import VisionLayout
 
 

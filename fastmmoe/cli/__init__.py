@@ -1,0 +1,21 @@
+"""The `fastmmoe` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; without typer and rich, say how to get them and exit with code 1."""
+    try:
+        from fastmmoe.cli.commands import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
+            raise
+        sys.exit(f"fastmmoe: the command line needs {missing}: pip install 'fastmmoe[cli]'")
+    app()
+
+
+if __name__ == "__main__":
+    main()

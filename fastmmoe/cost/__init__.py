@@ -1,0 +1,1 @@
+"""What a prefill costs, by calculation."""

@@ -1,0 +1,156 @@
+"""Floating-point operations of a language model's prefill, dense and with FastMMoE (method section 3).
+
+The convention: a multiply-add counts 2; attention scores and values count the causal half, `2 n^2 heads head_dim`;
+latent attention (MLA) counts as transformers computes it in a prefill, every head's keys and values written out;
+norms, activations, rotary embeddings, the language head and FastMMoE's own scoring (one attention row and one gate
+pass per prune layer, under 0.1 % of a 30B model's total) are left out, and so is the vision tower. The scoring of other
+methods (rows of attention, ranks, clusters) is left out as well; tokens that they recycle are counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from fastmmoe.config import ReductionConfig
+from fastmmoe.families import ARCHITECTURES, Architecture, plain_name
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """One decoder layer; tokens are summed over the batch.
+
+    Attributes:
+        layer: counted from 0.
+        attention_tokens: tokens the reduced layer's attention sees.
+        moe_tokens: tokens its MoE (or dense MLP) sees: fewer than `attention_tokens` where tokens are pruned in front
+            of the MoE.
+        dense: FLOPs of the unchanged model's layer.
+        reduced: FLOPs of the layer under the config.
+    """
+
+    layer: int
+    attention_tokens: int
+    moe_tokens: int
+    dense: float
+    reduced: float
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """FLOPs of one prefill of the language model, in FLOPs (not TFLOPs), summed over the batch.
+
+    Attributes:
+        dense: the unchanged model's.
+        reduced: under the config.
+        saved: `1 - reduced / dense`, a fraction.
+        per_layer: one entry per decoder layer.
+    """
+
+    dense: float
+    reduced: float
+    saved: float
+    per_layer: tuple[LayerFlops, ...]
+
+
+def flops(
+    text_config: Any,
+    n_text: int | Sequence[int],
+    n_vision: int | Sequence[int],
+    config: ReductionConfig,
+    *,
+    vision_left: Sequence[Sequence[int]] | None = None,
+) -> FlopsReport:
+    """Count the FLOPs of one prefill of the language model, dense and under `config` (method section 3).
+
+    Args:
+        text_config: a transformers config (a composite one's text config is taken) or model, an `Architecture`, or
+            the name of one in `ARCHITECTURES` ("internvl3.5-30b-a3b", "OpenGVLab/InternVL3_5-30B-A3B-HF").
+        n_text: text tokens of one sample, or of every sample of a batch.
+        n_vision: vision tokens, likewise.
+        config: what is reduced: a `FastMMoEConfig` or a baseline's.
+        vision_left: per prune layer, the vision tokens of each sample behind it, as they were measured; None counts
+            them from `config`, which SparseVLM's rank-adaptive counts do not allow.
+
+    Raises:
+        TypeError, ValueError: an unknown name or architecture, token counts that are no counts, do not pair up or
+            are all zero, or a config that does not fit the model.
+    """
+    architecture = _architecture(text_config)
+    if not isinstance(config, ReductionConfig):
+        raise TypeError(f"config: expected a FastMMoEConfig, got {type(config).__name__}")
+    top_k = architecture.num_experts_per_tok
+    config.check_model(architecture.num_hidden_layers, top_k)
+    text, vision = _counts("n_text", n_text), _counts("n_vision", n_vision)
+    if len(text) != len(vision):
+        raise ValueError(f"n_vision: expected {len(text)} samples like n_text, got {len(vision)}")
+    if sum(text) + sum(vision) == 0:
+        raise ValueError("n_text and n_vision: expected at least one token, got none")
+
+    def total(layer: int, before: Sequence[int], after: Sequence[int], vision_top_k: int) -> int:
+        """FLOPs of a layer; vision tokens per sample before and after the pruning between attention and MoE."""
+        return sum(
+            architecture.attention_flops(t + b) + architecture.mlp_flops(layer, t + a, t * top_k + a * vision_top_k)
+            for t, b, a in zip(text, before, after, strict=True)
+        )
+
+    left = _vision_left(config, vision, vision_left)
+    per_layer = []
+    before = vision
+    for layer in range(architecture.num_hidden_layers):
+        behind = left.get(layer, before)
+        after = before if config.prunes_behind_layer else behind
+        is_reduced = config.vision_top_k is not None and layer >= config.reduction_layer
+        per_layer.append(
+            LayerFlops(
+                layer=layer,
+                attention_tokens=sum(text) + sum(before),
+                moe_tokens=sum(text) + sum(after),
+                dense=float(total(layer, vision, vision, top_k)),
+                reduced=float(total(layer, before, after, config.vision_top_k if is_reduced else top_k)),
+            )
+        )
+        before = behind
+    dense = sum(layer.dense for layer in per_layer)
+    reduced = sum(layer.reduced for layer in per_layer)
+    return FlopsReport(dense, reduced, 1.0 - reduced / dense, tuple(per_layer))
+
+
+def _vision_left(
+    config: ReductionConfig, vision: tuple[int, ...], measured: Sequence[Sequence[int]] | None
+) -> dict[int, tuple[int, ...]]:
+    """Prune layer -> vision tokens per sample behind it."""
+    if measured is not None:
+        stages = [_counts(f"vision_left[{stage}]", counts) for stage, counts in enumerate(measured)]
+        if [len(counts) for counts in stages] != [len(vision)] * len(config.prune_layers):
+            raise ValueError(
+                f"vision_left: expected {len(vision)} counts for each of {len(config.prune_layers)} prune layers, "
+                f"got {[len(counts) for counts in stages]}"
+            )
+        return dict(zip(config.prune_layers, stages, strict=True))
+    left = {}
+    for stage, layer in enumerate(config.prune_layers):
+        vision = left[layer] = tuple(config.vision_left(stage, n) for n in vision)
+    return left
+
+
+def _architecture(text_config: Any) -> Architecture:
+    if isinstance(text_config, Architecture):
+        return text_config
+    if not isinstance(text_config, str):
+        return Architecture.from_config(text_config)
+    name = plain_name(text_config)
+    for known, architecture in ARCHITECTURES.items():
+        if name == known or name.startswith(f"{known}-"):
+            return architecture
+    raise ValueError(f"text_config: unknown name {text_config!r}, expected one of {', '.join(ARCHITECTURES)}")
+
+
+def _counts(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    counts = tuple(value) if hasattr(value, "__iter__") else (value,)
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise TypeError(f"{name}: expected token counts, got {count!r} ({type(count).__name__})")
+        if count < 0:
+            raise ValueError(f"{name}: expected token counts >= 0, got {count}")
+    return tuple(int(count) for count in counts)

@@ -1,0 +1,108 @@
+"""DeepSeek-VL2 (`fastmmoe.models.deepseek_vl2`)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmmoe.families.architecture import Architecture
+from fastmmoe.families.family import Family, Preset
+
+_DEEPSEEK_VL2_TINY = Architecture(
+    num_hidden_layers=12,
+    hidden_size=1280,
+    num_attention_heads=10,
+    num_key_value_heads=10,
+    head_dim=128,
+    num_experts=64,
+    num_experts_per_tok=6,
+    moe_intermediate_size=896,
+    intermediate_size=6848,
+    shared_intermediate_size=2 * 896,
+    dense_layers=frozenset({0}),
+)
+
+_DEEPSEEK_VL2_SMALL = Architecture(
+    num_hidden_layers=27,
+    hidden_size=2048,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=128 + 64,
+    num_experts=64,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1408,
+    intermediate_size=10944,
+    shared_intermediate_size=2 * 1408,
+    dense_layers=frozenset({0}),
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)
+
+_DEEPSEEK_VL2 = Architecture(
+    num_hidden_layers=30,
+    hidden_size=2560,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128 + 64,
+    num_experts=72,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1536,
+    intermediate_size=12288,
+    shared_intermediate_size=2 * 1536,
+    dense_layers=frozenset({0}),
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)
+
+
+def _vision_mask(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """`images_seq_mask`, by which the model itself goes; row ends and the view separator are vision tokens too."""
+    images, mask, crop = (inputs.get(name) for name in ("images", "images_seq_mask", "images_spatial_crop"))
+    if images is None or mask is None or crop is None:
+        return None
+    # where no sample begins with a crop, the model takes the batch for text
+    return mask.bool() & crop[:, :1].all(-1).any().to(mask.device)
+
+
+def load_deepseek_processor(checkpoint: str) -> Any:
+    """The port's own processor."""
+    from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Processor
+
+    return DeepseekVLV2Processor.from_pretrained(checkpoint)
+
+
+DEEPSEEK_VL2 = Family(
+    parent_type="deepseek_vl_v2",
+    text_type="deepseek_v2",
+    vision_mask=_vision_mask,
+    routing_options=lambda gate: {
+        "top_k": gate.top_k,
+        "scoring": gate.scoring_func,
+        "norm_topk_prob": gate.norm_topk_prob,
+        "correction_bias": gate.e_score_correction_bias,
+        "n_group": gate.n_group,
+        "topk_group": gate.topk_group,
+        "routed_scaling_factor": float(gate.routed_scaling_factor),
+    },
+    gate_class="DeepseekVLV2Router",
+    preset=Preset(
+        supported="DeepSeek-VL2 (a model or config of type deepseek_vl_v2; the names deepseek-vl2, "
+        "deepseek-vl2-small, deepseek-vl2-tiny)",
+        names=r"deepseek-vl2(-small|-tiny)?",
+        model_types=("deepseek_vl_v2",),
+        num_experts_per_tok=6,
+        prune_layers=(2, 5, 8),
+        alpha=0.3,
+        merge_ratio=0.05,
+    ),
+    # hub names that start with one are found too, so a name stands in front of its own start
+    architectures={
+        "deepseek-vl2-tiny": _DEEPSEEK_VL2_TINY,
+        "deepseek-vl2-small": _DEEPSEEK_VL2_SMALL,
+        "deepseek-vl2": _DEEPSEEK_VL2,
+    },
+    load_processor=load_deepseek_processor,
+    port="fastmmoe.models.deepseek_vl2",
+)

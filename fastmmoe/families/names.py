@@ -1,0 +1,17 @@
+"""What a model is called, and which of its configs describes the language model."""
+
+import re
+from typing import Any
+
+
+def text_config_of(model_or_config: Any) -> Any:
+    """The text model's config of a transformers model or (composite) config."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return getattr(config, "text_config", None) or config
+
+
+def plain_name(name: str) -> str:
+    """Reduce a hub name or path to a key: ".../InternVL3_5-30B-A3B-HF" is "internvl3.5-30b-a3b-hf"."""
+    name = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    # "3_5" and "3.5" are both in use; a model type (qwen3_moe) keeps its underscore
+    return re.sub(r"(?<=\d)_(?=\d)", ".", name)

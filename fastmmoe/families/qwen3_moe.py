@@ -1,0 +1,85 @@
+"""InternVL (3.5) with a Qwen3-MoE text model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastmmoe.families.architecture import Architecture
+from fastmmoe.families.family import Family, Preset, placeholder_mask
+from fastmmoe.families.tiling import Tiling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_QWEN3_30B_A3B = Architecture(
+    num_hidden_layers=48,
+    hidden_size=2048,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    intermediate_size=6144,
+)
+
+
+def load_internvl_processor(checkpoint: str) -> Any:
+    """The processor without its video part, the only one that needs torchvision."""
+    from fastmmoe.families.internvl_processor import InternVLProcessor
+
+    return InternVLProcessor.from_pretrained(checkpoint)
+
+
+def internvl_tilings(processor: Any, images: Sequence[Image]) -> list[Tiling]:
+    """How an InternVL processor, called with its own settings, cuts each of the images.
+
+    Raises:
+        ValueError: another family's processor.
+    """
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    if not type(processor).__name__.startswith("InternVL"):
+        raise ValueError(f"processor: expected InternVL's, whose tiles are known here, got {type(processor).__name__}")
+    settings = processor.image_processor
+    return [
+        Tiling(
+            *get_optimal_tiled_canvas(
+                (image.height, image.width),
+                (settings.size["height"], settings.size["width"]),
+                settings.min_patches,
+                settings.max_patches,
+            ),
+            side=round(processor.image_seq_length**0.5),
+        )
+        for image in images
+    ]
+
+
+INTERNVL_QWEN3_MOE = Family(
+    parent_type="internvl",
+    text_type="qwen3_moe",
+    vision_mask=placeholder_mask(lambda config: (config.image_token_id,), ("pixel_values", "mm_encoder_outputs")),
+    routing_options=lambda gate: {
+        "top_k": gate.top_k,
+        "scoring": "softmax",
+        "norm_topk_prob": gate.norm_topk_prob,
+    },
+    gate_class="Qwen3MoeTopKRouter",
+    preset=Preset(
+        supported="InternVL3.5 (a model or config of type internvl or qwen3_moe; names such as internvl3.5, "
+        "internvl3.5-30b-a3b, internvl3.5-241b-a28b)",
+        # the family's other sizes are dense or have another K
+        names=r"internvl3\.5(-(30b-a3b|241b-a28b)(-.*)?)?",
+        model_types=("internvl", "qwen3_moe"),
+        num_experts_per_tok=8,
+        prune_layers=(5, 8, 12),
+        alpha=0.5,
+        merge_ratio=0.025,
+    ),
+    # the same language model
+    architectures={"internvl3.5-30b-a3b": _QWEN3_30B_A3B, "qwen3-vl-30b-a3b": _QWEN3_30B_A3B},
+    load_processor=load_internvl_processor,
+    tilings=internvl_tilings,
+)

@@ -1,0 +1,15 @@
+"""Ways to reduce a prefill, one per file: its config, and how it prunes.
+
+`METHODS` lists the configs that `fastmmoe.enable` takes. All but the first are written from other papers' definitions,
+to compare with, and combine with fewer experts per vision token (`vision_top_k`).
+"""
+
+from fastmmoe.methods.fastmmoe import FastMMoEConfig
+from fastmmoe.methods.fastv import FastVConfig
+from fastmmoe.methods.random import RandomConfig
+from fastmmoe.methods.sparsevlm import SparseVLMConfig
+from fastmmoe.methods.uniform import UniformConfig
+
+METHODS = (FastMMoEConfig, FastVConfig, SparseVLMConfig, RandomConfig, UniformConfig)
+
+__all__ = ["METHODS", *(config.__name__ for config in METHODS)]

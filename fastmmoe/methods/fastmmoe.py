@@ -1,0 +1,186 @@
+"""FastMMoE (arXiv 2511.17885): fewer experts for vision tokens, and redundant ones merged or dropped."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fastmmoe.config import CHECKS, StagedConfig, checked, choice, int_from, positive_share, share
+from fastmmoe.families import find_preset
+from fastmmoe.methods.method import AttentionCall, Pruning, StageInput, last_row
+from fastmmoe_kernels import PrunedBatch, prune_batch
+
+STRATEGIES = ("hybrid", "routing_similarity", "dynamic_attention")
+MERGE_METHODS = ("mlerp", "mean")
+KEEP_BY = ("importance", "redundancy")
+
+
+@dataclass(frozen=True)
+class FastMMoEConfig(StagedConfig):
+    """What to reduce, where, and by how much. The default reduces nothing.
+
+    Every value is checked on construction; numbers are stored as plain ints and floats, lists as tuples.
+
+    Args:
+        vision_top_k: experts per vision token, K_v (method section 1); None leaves the model's own K.
+        reduction_layer: first layer that uses `vision_top_k`, l_v; layers count from 0.
+        prune_layers: layers that prune vision tokens (method section 2), rising; empty prunes nothing.
+        retention: overall share of the vision tokens left after the last stage, in (0, 1]; every one of m stages
+            keeps `retention ** (1 / m)`. Stays at 1.0 when `keep_ratios` is given.
+        keep_ratios: the share each stage keeps of the vision tokens that enter it, in (0, 1], one per prune layer.
+        merge_ratio: share of a stage's survivors that are merged windows, in [0, 1].
+        window: tokens per window, W, at least 1.
+        alpha: weight of routing similarity against attention in the redundancy of "hybrid", in [0, 1].
+        strategy: "hybrid", "routing_similarity" or "dynamic_attention".
+        merge_method: "mlerp" or "mean".
+        keep_by: what ranks the tokens outside merged windows: "importance" (method section 2.6), or "redundancy", the
+            redundancy of their window (**ours**, see `fastmmoe_kernels.prune_batch`).
+        steepness: each stage's keep ratio as a share of the one before, in (0, 1]; below 1, early stages are gentle and
+            later ones harsh (**ours**). For `retention`, not for `keep_ratios`.
+        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+        min_vision_tokens: a prefill with fewer vision tokens than this, over its whole batch, runs the stock model:
+            below a break-even point, which depends on model and hardware and which `bench/bench_prefill.py` measures,
+            there is no time to save. The default never skips.
+
+    Raises:
+        TypeError: a value of another type (bools are no numbers here).
+        ValueError: a value out of range, or a combination that contradicts itself or would silently do nothing.
+    """
+
+    vision_top_k: int | None = None
+    reduction_layer: int = 2
+    prune_layers: tuple[int, ...] = ()
+    retention: float = 1.0
+    keep_ratios: tuple[float, ...] | None = None
+    merge_ratio: float = checked(0.025, share)
+    window: int = checked(3, int_from(1))
+    alpha: float = checked(0.5, share)
+    strategy: str = checked("hybrid", choice(STRATEGIES))
+    merge_method: str = checked("mlerp", choice(MERGE_METHODS))
+    backend: str = "auto"
+    min_vision_tokens: int = 0
+    keep_by: str = checked("importance", choice(KEEP_BY))
+    steepness: float = checked(1.0, positive_share)
+
+    def pruning(self) -> Pruning:
+        return FastMMoEPruning(self)
+
+    @classmethod
+    def preset(cls, model_or_name: Any, retention: float = 1.0, **overrides: Any) -> "FastMMoEConfig":
+        """The official scripts' settings for a model family, K_v = K / 2 experts per vision token included.
+
+        Args:
+            model_or_name: a transformers model or config, a model type ("internvl"), or a name ("internvl3.5",
+                "OpenGVLab/InternVL3_5-30B-A3B-HF").
+            retention: overall share of vision tokens kept, in (0, 1]; 1.0 prunes nothing.
+            overrides: any other field of `FastMMoEConfig`, in place of the preset's value.
+
+        Raises:
+            ValueError: no preset for this model or name, or one that does not fit the model's number of layers.
+        """
+        family, text_config = find_preset(model_or_name)
+        row = family.preset
+        top_k = row.num_experts_per_tok if text_config is None else getattr(text_config, "num_experts_per_tok", None)
+        if top_k is None:
+            raise ValueError(
+                f"model_or_name: {type(model_or_name).__name__} has no experts (num_experts_per_tok), expected a MoE "
+                "text model"
+            )
+
+        values: dict[str, Any] = {
+            "vision_top_k": max(1, top_k // 2),
+            "retention": retention,
+            "alpha": row.alpha,
+            "merge_ratio": row.merge_ratio,
+        }
+        if retention != 1.0 or overrides.get("keep_ratios") is not None:
+            values["prune_layers"] = row.prune_layers
+        config = cls(**(values | overrides))
+        if text_config is not None:
+            config.check_model(text_config.num_hidden_layers, top_k)
+        return config
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] = os.environ, *, num_experts_per_tok: int | None = None
+    ) -> "FastMMoEConfig":
+        """Read the variables of the official scripts; unset or empty ones leave the defaults.
+
+        `KEEP_TOKEN_RATIO` is the overall retention when it is one number, and the stages' keep ratios when it is a
+        comma list. `VISION_EXPERT_REDUCE_FACTOR` f means K_v = max(1, int(K * f)) and so needs K.
+
+        Args:
+            environ: the variables.
+            num_experts_per_tok: the model's K; required if `VISION_EXPERT_REDUCE_FACTOR` is set.
+
+        Raises:
+            ValueError: a malformed or impossible value; the error names the variable.
+        """
+        checks = {own.name: own.metadata.get("check") or CHECKS[own.name] for own in fields(cls)}
+        given = {name: text for name in _ENVIRONMENT if (text := environ.get(name, "").strip())}
+        values: dict[str, Any] = {}
+        for name, text in given.items():
+            field, parse = _ENVIRONMENT[name]
+            if name == "KEEP_TOKEN_RATIO" and "," in text:
+                field, parse = "keep_ratios", _list_of(float)
+            try:
+                value = parse(text)
+                if name == "VISION_EXPERT_REDUCE_FACTOR":
+                    if num_experts_per_tok is None:
+                        raise ValueError("expected num_experts_per_tok, the model's experts per token, along with it")
+                    value = max(1, int(num_experts_per_tok * share("factor", value)))
+                values[field] = checks[field](field, value)
+            except ValueError as error:
+                raise ValueError(f"environment variable {name}={text!r}: {error}") from error
+        try:
+            return cls(**values)
+        except ValueError as error:
+            shown = ", ".join(f"{name}={text!r}" for name, text in given.items())
+            raise ValueError(f"environment variables {shown}: {error}") from error
+
+
+class FastMMoEPruning(Pruning):
+    """Merge redundant windows and keep important tokens (method section 2)."""
+
+    def look(self, call: AttentionCall) -> torch.Tensor:
+        return last_row(call, self.config.backend)
+
+    def prune(self, tokens: StageInput) -> PrunedBatch:
+        config = self.config
+        return prune_batch(
+            tokens.hidden,
+            tokens.residual,
+            tokens.gate_probs(tokens.hidden),
+            tokens.seen,
+            tokens.layout,
+            rope=tokens.rope,
+            source=tokens.source,
+            keep_ratio=config.stage_keep_ratios[tokens.stage],
+            merge_ratio=config.merge_ratio,
+            window=config.window,
+            alpha=config.alpha,
+            strategy=config.strategy,
+            keep_by=config.keep_by,
+            merge_method=config.merge_method,
+            backend=config.backend,
+        )
+
+
+def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list]:
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+# official variable -> field it sets, how its text is read
+_ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "REDUCTION_LAYER_IDX": ("reduction_layer", int),
+    "VISION_EXPERT_REDUCE_FACTOR": ("vision_top_k", float),
+    "TOKEN_MERGE_STRATEGY": ("strategy", str),
+    "BASE_ALPHA": ("alpha", float),
+    "MERGE_RATIO": ("merge_ratio", float),
+    "TOKEN_MERGE_METHOD": ("merge_method", str),
+    "MERGE_LAYER_LOCS": ("prune_layers", _list_of(int)),
+    "KEEP_TOKEN_RATIO": ("retention", float),
+    "ROUTING_SIMILARITY_WINDOW_SIZE": ("window", int),
+}

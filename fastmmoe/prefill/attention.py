@@ -1,0 +1,84 @@
+"""See the attention of a prune layer, whichever implementation the model uses (method section 2.3).
+
+An attention module asks its config for the implementation to call. At a prune layer the answer, in front of a prune
+stage, is a name that equals the real one, for code that branches on it, and under which a function of ours is found: it
+hands on what the real one gets, and then calls it.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastmmoe.methods.method import AttentionCall
+from fastmmoe.prefill.patch import ConfigPatch
+from fastmmoe.prefill.running import RUNNING
+from fastmmoe.prefill.sequence import ForwardPass
+
+
+class CapturingName(str):
+    """Equal to the name of an attention implementation, but another key in a dict."""
+
+    __slots__ = ()
+    __eq__ = str.__eq__
+
+    def __hash__(self) -> int:
+        return hash(("fastmmoe", str(self)))
+
+
+def capturing_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Look at query [B, Hq, n, D] and key [B, Hkv, kv, D], then run the model's own attention."""
+    # from here on the config gives the real answer: flash attention reads `module.config._attn_implementation` again
+    _look(RUNNING.forward, query, key, kwargs["scaling"])
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+class AttentionPatch(ConfigPatch):
+    """Gives the attention module of a prune layer a name for its implementation under which ours is found."""
+
+    part = "attention"
+    attribute = "_attn_implementation"
+
+    def computed(self, value: Any) -> Any:
+        forward = RUNNING.forward
+        if not self.live or forward is None or forward.installation is not self.installation:
+            return value
+        stage = forward.stage
+        return value if stage is None or stage.seen is not None else CapturingName(value)
+
+
+def register_capture(implementation: str) -> None:
+    """Let the capturing name of an implementation be found."""
+    name = CapturingName(implementation)
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, capturing_attention)
+
+
+def _look(forward: ForwardPass, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+    """Let the pruning look at a prune layer's attention."""
+    behind, packing = len(forward.segments) - 1, forward.segments[-1].packing
+    if query.dtype != key.dtype:
+        # autocast leaves what it did not multiply in the type it had
+        common = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(common), key.to(common)
+    mask = None if forward.is_full(behind) else forward.key_mask(behind, key.device)
+    visible = forward.visible(behind, key.device)
+    if packing is not None:
+        query, key = packing.pad(query, dim=2), packing.pad(key, dim=2)
+        visible = None if visible is None else packing.pad_pairs(visible)
+    # a static cache is longer than its contents
+    key = key[:, :, : forward.key_count(behind)]
+    layout = forward.segments[-1].layout.to(query.device)
+    call = AttentionCall(query, key, scale, layout, mask, visible, forward.back)
+    forward.stage.seen = forward.plan.pruning.look(call)

@@ -1,0 +1,252 @@
+"""FastMMoE on one text model: a single installation, however it was reached, and what is in force for whom.
+
+`enable` makes a plan the model's own. `enabled` opens a block, which counts for the thread or task that entered it, as
+torch's own context managers do. A module is patched as long as somebody needs it: the model's own plan, an open block,
+or a forward under way, which ends under the plan it began with.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+from torch import nn
+
+from fastmmoe.families import find_text_model
+from fastmmoe.prefill.attention import AttentionPatch
+from fastmmoe.prefill.entry import HeadPatch, ParentPatch, TextPatch
+from fastmmoe.prefill.layer import LayerPatch
+from fastmmoe.prefill.patch import FORWARDS, ConfigPatch, Patch
+from fastmmoe.prefill.plan import Plan, uncompiled
+from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
+from fastmmoe.prefill.stage import MoEPatch, NormPatch
+from fastmmoe_kernels import VisionLayout
+
+
+class Block:
+    """A `with` block on a model. Blocks of one thread or task form a list, the innermost first.
+
+    Attributes:
+        installation: on whose model; None once the block is left.
+        outer: the block around it.
+        plan: what is in force in the block; None: the stock model.
+        layout: what every forward in the block looks like; None: not said.
+    """
+
+    def __init__(self, installation: "Installation", outer: "Block | None"):
+        self.installation: Installation | None = installation
+        self.outer = outer
+        self.plan: Plan | None = None
+        self.layout: VisionLayout | None = None
+
+    def close(self) -> None:
+        """Leave the block; what is in force is again what was around it. In any order and from any thread."""
+        installation, self.installation = self.installation, None
+        if installation is not None:
+            if self.layout is None:
+                installation.count_block(-1)
+            installation.release(self.plan)
+            self.plan = self.layout = None
+        _INNERMOST.set(_open(_INNERMOST.get()))
+
+
+_INNERMOST: ContextVar[Block | None] = ContextVar("fastmmoe_block", default=None)
+
+
+def _open(block: Block | None) -> Block | None:
+    """A block, or the first one around it that has not been left."""
+    while block is not None and block.installation is None:
+        block = block.outer
+    return block
+
+
+class Installation:
+    """What is put on one model, by whom it is held, and what is in force.
+
+    Attributes:
+        family, text, parent: the model's family, its text model, and the multimodal model that calls that.
+        layers: the decoder layers, as they were when the installation was made.
+        own: the plan that `enable` made the model's own; None: stock.
+        blocks_open: how many `enabled` blocks are open, in any thread.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.family, self.text, self.parent = find_text_model(model)
+        self.layers = [uncompiled(layer) for layer in self.text.layers]
+        self.own: Plan | None = None
+        self.blocks_open = 0
+        self._heads: dict[int, nn.Module] = {}
+        self._held: dict[Plan, int] = {}
+        self._patches: dict[tuple[type, int], Patch | ConfigPatch] = {}
+        self._lock = threading.RLock()
+
+    # ---------------------------------------------------------------- what is in force
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is in force for this thread or task."""
+        block = self.block(lambda block: block.layout is None)
+        return self.own if block is None else block.plan
+
+    @property
+    def in_block(self) -> bool:
+        """Whether this thread or task is in an `enabled` block on the model."""
+        return self.block(lambda block: block.layout is None) is not None
+
+    @property
+    def layout(self) -> VisionLayout | None:
+        """What every forward of this thread or task looks like, if it has been said."""
+        block = self.block(lambda block: block.layout is not None)
+        return None if block is None else block.layout
+
+    def block(self, wanted: Callable[[Block], bool]) -> Block | None:
+        """The innermost block of this thread or task on this model that is `wanted`."""
+        block = _INNERMOST.get()
+        while block is not None and not (block.installation is self and wanted(block)):
+            block = block.outer
+        return block
+
+    def set_plan(self, plan: Plan | None) -> None:
+        """Put a plan, or the stock model, in force: in this thread's innermost `enabled` block, else for the model."""
+        self.hold(plan)
+        block = self.block(lambda block: block.layout is None)
+        if block is None:
+            before, self.own = self.own, plan
+        else:
+            before, block.plan = block.plan, plan
+        self.release(before)
+
+    def open_block(self, plan: Plan) -> Block:
+        """Enter a block with a plan."""
+        self.hold(plan)
+        block = Block(self, _open(_INNERMOST.get()))
+        block.plan = plan
+        self.count_block(1)
+        _INNERMOST.set(block)
+        return block
+
+    def count_block(self, change: int) -> None:
+        """An `enabled` block was entered (1) or left (-1)."""
+        with self._lock:
+            self.blocks_open += change
+
+    def open_layout(self, layout: VisionLayout) -> Block:
+        """Enter a block in which every forward looks the same."""
+        block = Block(self, _open(_INNERMOST.get()))
+        block.layout = layout
+        _INNERMOST.set(block)
+        return block
+
+    # ---------------------------------------------------------------- what is patched
+
+    def see(self, model: nn.Module) -> None:
+        """Take the modules as they are now, and know the heads above the text model in `model`: they tell who asks."""
+        with self._lock:
+            self.layers = [uncompiled(layer) for layer in self.text.layers]
+            for module in model.modules():
+                if "logits_to_keep" in inspect.signature(type(module).forward).parameters:
+                    if any(inner is self.text for inner in module.modules()):
+                        self._heads[id(uncompiled(module))] = uncompiled(module)
+            self._update()
+
+    def hold(self, plan: Plan | None) -> None:
+        """Keep the modules that a plan needs patched, until `release`."""
+        if plan is None:
+            return
+        with self._lock:
+            self._held[plan] = self._held.get(plan, 0) + 1
+            if self._held[plan] == 1:
+                self._update()
+
+    def release(self, plan: Plan | None) -> None:
+        """Let go of a plan; what nobody needs any more comes off."""
+        if plan is None:
+            return
+        with self._lock:
+            self._held[plan] -= 1
+            if not self._held[plan]:
+                del self._held[plan]
+                self._update()
+
+    def _update(self) -> None:
+        points = [point for plan in self._held for point in self._points(plan)]
+        wanted = {(kind, id(module)): (module, number) for kind, module, number in points}
+        for key in [key for key in self._patches if key not in wanted]:
+            self._patches.pop(key).take_off()
+        for key, (module, number) in wanted.items():
+            if key not in self._patches:
+                self._patches[key] = key[0](self, module, number)
+                self._patches[key].put()
+
+    def _points(self, plan: Plan) -> Iterator[tuple[type, nn.Module, int | None]]:
+        """What a plan patches: with what, which module, in which layer."""
+        family = self.family
+        for head in self._heads.values():
+            yield HeadPatch, head, None
+        yield ParentPatch, self.parent, None
+        yield TextPatch, self.text, None
+        for number, layer in enumerate(self.layers):
+            if plan.stages and number >= plan.first_stage:
+                yield LayerPatch, layer, number
+            if number in plan.stages:
+                if plan.pruning.looks:
+                    yield AttentionPatch, uncompiled(family.attention_of(layer)), number
+                if not plan.config.prunes_behind_layer:
+                    yield NormPatch, uncompiled(family.norm_of(layer)), number
+                    yield MoEPatch, uncompiled(family.moe_of(layer)), number
+            if number in plan.reduced:
+                yield GatePatch, uncompiled(family.gate_of(layer)), number
+                yield ExpertsPatch, uncompiled(family.experts_of(layer)), number
+
+    def check(self, plan: Plan) -> None:
+        """Refuse to run a plan on modules that are no longer those it was made for.
+
+        Raises:
+            RuntimeError: names what was exchanged.
+        """
+        layers = [uncompiled(layer) for layer in self.text.layers]
+        if len(layers) != len(self.layers):
+            raise RuntimeError(
+                f"fastmmoe: no effect: the model has {len(layers)} layers, and had {len(self.layers)} when it was "
+                "enabled; enable it again"
+            )
+        for number, (layer, known) in enumerate(zip(layers, self.layers, strict=True)):
+            if layer is not known:
+                self._exchanged(f"layer {number}")
+        for kind, module, number in self._points(plan):
+            patch = self._patches.get((kind, id(module)))
+            if patch is None or not patch.is_there:
+                self._exchanged(type(module).__name__ if number is None else f"layer {number}'s {kind.part}")
+
+    @staticmethod
+    def _exchanged(what: str) -> None:
+        raise RuntimeError(
+            f"fastmmoe: no effect: {what} is not what it was when the model was enabled; enable it again"
+        )
+
+
+def installation_of(model: nn.Module) -> Installation | None:
+    """The installation on a model, found from any module above, at or below its text model; None without one."""
+    for module in model.modules():
+        for name in FORWARDS:
+            patch = vars(module).get(name)
+            if isinstance(patch, Patch) and patch.live:
+                return patch.installation
+    return None
+
+
+def installation_for(model: nn.Module) -> Installation:
+    """The installation on a model, or a new one that holds nothing yet.
+
+    Raises:
+        ValueError: no supported model.
+    """
+    installation = installation_of(model) or Installation(model)
+    installation.see(model)
+    return installation
+
+
+def plan_in_force(model: nn.Module) -> Plan | None:
+    """What is in force on a model for this thread or task."""
+    installation = installation_of(model)
+    return None if installation is None else installation.plan

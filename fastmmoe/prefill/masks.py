@@ -1,0 +1,122 @@
+"""Which tokens a caller's attention mask makes valid, and what is left of a mask of every pair of tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class CallerMask:
+    """A forward's attention mask as its caller gave it.
+
+    Attributes:
+        valid: bool [B, n], which of the new tokens are no padding; None: all of them.
+        keys: int or bool [B, past + n], validity of past and new tokens; None: all are valid, or `pairs` says it.
+        pairs: [B or 1, heads or 1, n, keys], bool or additive: which keys each new token sees; None where attention is
+            causal.
+    """
+
+    valid: torch.Tensor | None
+    keys: torch.Tensor | None
+    pairs: torch.Tensor | None
+
+    @classmethod
+    def of(cls, mask: Any, past: int, new: int, batch: int) -> "CallerMask":
+        """Read the argument `attention_mask` of a text model: None, 2D, 4D, or a dict of them by kind of layer.
+
+        Raises:
+            TypeError, ValueError: a mask of another kind.
+        """
+        if isinstance(mask, dict):
+            mask = mask["full_attention"]
+        if mask is None:
+            return cls(None, None, None)
+        if not isinstance(mask, torch.Tensor):
+            raise TypeError(f"attention_mask: expected a tensor or None, got {type(mask).__name__}")
+        if mask.dim() == 2:
+            return cls(mask[:, -new:].bool(), mask, None)
+        if mask.dim() != 4 or mask.shape[2] != new or mask.shape[3] < past + new or mask.shape[0] not in (1, batch):
+            raise ValueError(
+                f"attention_mask: expected [{batch}, {past + new}] or [{batch}, 1, {new}, {past + new}], "
+                f"got {list(mask.shape)}"
+            )
+        return cls(_valid_tokens(_sees(mask, past, new), past).expand(batch, -1), None, mask)
+
+    @property
+    def is_biased(self) -> torch.Tensor:
+        """bool, on the mask's device: some key that is seen has a weight of its own, which a ranking would not know."""
+        if self.pairs is None or self.pairs.dtype == torch.bool:
+            return torch.zeros((), dtype=torch.bool)
+        return (_visible(self.pairs) & (self.pairs != 0)).any()
+
+    def sample_starts(self, valid: torch.Tensor) -> torch.Tensor:
+        """bool [B, n]: where samples begin that stand behind one another in a row and see nothing of each other.
+
+        Each begins behind what no earlier token sees, and sees nothing of what stands in front. Not for masks over a
+        past.
+
+        Args:
+            valid: bool [B, n].
+        """
+        n = valid.shape[1]
+        sees = _sees(self.pairs, 0, n).expand(valid.shape[0], -1, -1) & valid.unsqueeze(1)
+        place = torch.arange(n, device=sees.device)
+        first = torch.where(sees, place, n).amin(-1).masked_fill(~valid, n)  # [B, n], of the keys each token sees
+        last = torch.where(sees, place, -1).amax(-1).masked_fill(~valid, -1)
+        nothing_before = first.flip(1).cummin(1).values.flip(1) >= place
+        unseen_before = torch.nn.functional.pad(last.cummax(1).values[:, :-1], (1, 0), value=-1) < place
+        return valid & nothing_before & unseen_before
+
+
+def _visible(pairs: torch.Tensor) -> torch.Tensor:
+    """bool like a mask of pairs: what is not masked out."""
+    return pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min / 2
+
+
+def _sees(pairs: torch.Tensor, past: int, new: int) -> torch.Tensor:
+    """bool [B or 1, n, past + n]: whether a token sees a key, with any of its heads."""
+    visible = _visible(pairs[..., : past + new])
+    return visible[:, 0] if visible.shape[1] == 1 else visible.any(1)
+
+
+def _valid_tokens(sees: torch.Tensor, past: int) -> torch.Tensor:
+    """bool [B or 1, n]: which tokens of a mask of pairs are no padding.
+
+    A padding token does not see itself, or sees nothing, or, where attention could not bear that, everything, also what
+    comes later; and no other token sees it.
+    """
+    new = sees[..., past:]
+    itself = new.diagonal(dim1=1, dim2=2)
+    place = torch.arange(new.shape[1], device=new.device)
+    everything = sees.all(-1) & (place < new.shape[1] - 1)
+    odd = ~itself | ~sees.any(-1) | everything
+    return ~odd | (new & ~odd.unsqueeze(-1)).any(1)
+
+
+def cut_pairs(pairs: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, keys: int) -> torch.Tensor:
+    """A mask of pairs for fewer tokens.
+
+    Args:
+        pairs: [B or 1, heads or 1, n, *], bool or additive.
+        rows: int64 [B, n'], which tokens ask; -1 at padding, which sees everything: attention to nothing is NaN.
+        columns: int64 [B, k], which keys are left; -1 at padding, which nobody sees.
+        keys: how many keys the attention has, k or more; the others are not filled yet.
+
+    Returns:
+        [B, heads or 1, n', keys], of the same dtype.
+    """
+    hidden = False if pairs.dtype == torch.bool else torch.finfo(pairs.dtype).min
+    batch, heads = rows.shape[0], pairs.shape[1]
+    pairs = pairs.expand(batch, -1, -1, -1)
+    at = rows.clamp_min(0)[:, None, :, None].expand(-1, heads, -1, pairs.shape[3])
+    cut = pairs.gather(2, at)
+    at = columns.clamp_min(0)[:, None, None, :].expand(-1, heads, rows.shape[1], -1)
+    cut = cut.gather(3, at).masked_fill((columns < 0)[:, None, None], hidden)
+    cut = torch.nn.functional.pad(cut, (0, keys - columns.shape[1]), value=hidden)
+    return cut.masked_fill((rows < 0)[:, None, :, None], True if pairs.dtype == torch.bool else 0.0)
+
+
+def visible_pairs(pairs: torch.Tensor) -> torch.Tensor:
+    """bool [B, n, keys] of a mask of pairs that is the same for all heads."""
+    return _visible(pairs)[:, 0]

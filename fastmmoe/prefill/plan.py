@@ -1,0 +1,83 @@
+"""What a config comes to on one model: which layers prune, which take fewer experts. Refuses what could not work."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastmmoe.config import ReductionConfig
+from fastmmoe.families import Family
+from fastmmoe.methods.method import Pruning
+from fastmmoe.prefill.experts import check_experts
+from fastmmoe.prefill.sequence import Segment
+from fastmmoe_kernels.backend import resolve_backend
+
+
+def uncompiled(module: Any) -> Any:
+    """A module, or what is inside of `torch.compile(module)`."""
+    return getattr(module, "_orig_mod", module)
+
+
+@dataclass(eq=False)
+class Plan:
+    """A config on one text model.
+
+    Attributes:
+        config: what to reduce.
+        pruning: the config's way of pruning.
+        stages: number of each prune layer -> number of its stage, both from 0.
+        reduced: layers whose vision tokens take fewer experts.
+        last: segments of the last forward with vision tokens under this plan, for the report; None before one.
+        skipped: the last forward with vision tokens had fewer than `config.min_vision_tokens`.
+    """
+
+    config: ReductionConfig
+    pruning: Pruning
+    stages: dict[int, int]
+    reduced: tuple[int, ...]
+    last: list[Segment] | None = field(default=None, repr=False)
+    skipped: bool = False
+
+    @classmethod
+    def of(cls, family: Family, text: nn.Module, config: ReductionConfig) -> "Plan":
+        """Check a config against a text model.
+
+        Raises:
+            ValueError, RuntimeError: what would fail, or silently do nothing, in a forward; names the argument.
+        """
+        if text.training:
+            raise ValueError(
+                "model: expected a model in evaluation mode, got one in training mode; call model.eval()"
+            )
+        resolve_backend(config.backend, next(text.parameters()))
+        layers = [uncompiled(layer) for layer in text.layers]
+        moe = [number for number, layer in enumerate(layers) if family.is_moe(layer)]
+        if not moe:
+            raise ValueError("model: no layer holds routed experts")
+        for number in config.prune_layers:
+            if number < len(layers) and number not in moe and not config.prunes_behind_layer:
+                raise ValueError(f"prune_layers: layer {number} is not a MoE layer")
+        window = getattr(text.config, "sliding_window", None)
+        if config.prune_layers and window is not None:
+            raise ValueError(
+                f"prune_layers: pruning is not supported with sliding window attention (sliding_window={window}); "
+                "vision_top_k alone is"
+            )
+        top_k = family.routing_options(family.gate_of(layers[moe[0]]))["top_k"]
+        config.check_model(len(layers), top_k)
+        reduced: tuple[int, ...] = ()
+        if config.vision_top_k is not None and config.vision_top_k < top_k:
+            reduced = tuple(number for number in moe if number >= config.reduction_layer)
+            if not reduced:
+                raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
+        for number in reduced:
+            experts = family.experts_of(layers[number])
+            check_experts(experts)
+            if getattr(experts, "_is_expert_parallel", False):
+                raise ValueError("model: expert parallelism is not supported together with vision_top_k")
+        return cls(config, config.pruning(), {layer: stage for stage, layer in enumerate(config.prune_layers)}, reduced)
+
+    @property
+    def first_stage(self) -> int | None:
+        """The first prune layer."""
+        return min(self.stages, default=None)

@@ -1,0 +1,87 @@
+"""A gate that gives vision tokens fewer experts (method section 1), and the experts that run on its choice."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmmoe.families import Family
+from fastmmoe.prefill.experts import run_experts
+from fastmmoe.prefill.patch import Patch
+from fastmmoe.prefill.running import RUNNING
+from fastmmoe.prefill.sequence import ForwardPass
+from fastmmoe_kernels import gate_routing, topk_routing
+
+
+class GatePatch(Patch):
+    """Chooses experts: fewer for vision tokens, none for padding."""
+
+    part = "gate"
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        forward = RUNNING.forward
+        if forward is None or not self.live or forward.installation is not self.installation or not forward.reduces:
+            return self.stock(hidden, *args, **kwargs)
+        family, config = self.installation.family, forward.plan.config
+        vision, padding = forward.token_masks(hidden.device)
+        options = dict(
+            vision_mask=vision,
+            vision_top_k=config.vision_top_k,
+            padding_mask=padding,
+            backend=config.backend,
+            **family.routing_options(self.module),
+        )
+        forward.gates.append(self.number)
+        if self.is_bare and is_linear(self.module, hidden, family):
+            routing = gate_routing(hidden.reshape(-1, hidden.shape[-1]), self.module.weight, **options)
+            return family.gate_output(routing.logits, routing)
+        logits = self.stock(hidden, *args, **kwargs)[0]
+        return family.gate_output(logits, topk_routing(logits, **options))
+
+
+class ExpertsPatch(Patch):
+    """Runs the chosen experts, and none in the slots that were left empty."""
+
+    part = "experts"
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        forward = RUNNING.forward
+        if forward is None or not self.live or forward.installation is not self.installation or not forward.reduces:
+            return self.stock(hidden, ids, weights, **kwargs)
+        forward.experts.append(self.number)
+        return run_experts(self.module, hidden, ids, weights, forward.plan.config.backend)
+
+
+def gate_probs(
+    forward: ForwardPass, gate: nn.Module, hidden: torch.Tensor, family: Family, backend: str
+) -> torch.Tensor:
+    """A gate's probabilities beside its own choice, float32 [B, n, E], for hidden [B, n, H]."""
+    flat, options = hidden.reshape(-1, hidden.shape[-1]), family.routing_options(gate)
+    patch = vars(gate).get("forward")
+    if (patch is None or getattr(patch, "is_bare", False)) and is_linear(gate, hidden, family):
+        probs = gate_routing(flat, gate.weight, **options, return_probs=True, backend=backend).probs
+    else:
+        forward.probing = True
+        try:
+            # forward, not __call__: output recorders should not see this extra pass
+            logits = gate.forward(flat)[0].float()
+        finally:
+            forward.probing = False
+        probs = logits.softmax(-1) if options["scoring"] == "softmax" else logits.sigmoid()
+    return probs.view(*hidden.shape[:-1], -1)
+
+
+def is_linear(gate: nn.Module, hidden: torch.Tensor, family: Family) -> bool:
+    """Whether a gate's logits are its weight times hidden.
+
+    It is the family's own class, with nothing in or around it, no bias, and its weight is at hand.
+    """
+    weight = gate._parameters.get("weight")
+    return (
+        type(gate).__name__ == family.gate_class
+        and weight is not None
+        and all(other is weight or other is None for other in gate._parameters.values())
+        and not gate._modules
+        and weight.device == hidden.device
+        and weight.dtype == hidden.dtype
+    )

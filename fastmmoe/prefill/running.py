@@ -1,0 +1,46 @@
+"""What the thread under way runs: bound to a call of a model from its beginning to its end, however it ends."""
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fastmmoe.prefill.installation import Installation
+    from fastmmoe.prefill.plan import Plan
+    from fastmmoe.prefill.sequence import ForwardPass
+
+
+@dataclass
+class Call:
+    """One call of a model: of its head, its multimodal model or its text model, and of all that is called inside.
+
+    Attributes:
+        installation: of the text model inside.
+        plan: what is in force, from here to the end of the call; None: nothing.
+        by_embeddings: the caller gave embeddings in place of ids.
+        back: how many tokens the asking token lies in front of a sample's last token.
+        vision: the vision mask, on its way from the multimodal model to its text model.
+    """
+
+    installation: "Installation"
+    plan: "Plan | None"
+    by_embeddings: bool
+    back: int = 0
+    vision: torch.Tensor | None = None
+
+
+class Running(threading.local):
+    """What runs in this thread. Several threads may run one model; a forward itself never changes threads.
+
+    Attributes:
+        call: the call under way.
+        forward: the text model's forward under way, if it is pruned, reduced, or on a pruned cache.
+    """
+
+    call: Call | None = None
+    forward: "ForwardPass | None" = None
+
+
+RUNNING = Running()

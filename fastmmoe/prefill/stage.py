@@ -1,0 +1,100 @@
+"""A prune stage in front of a prune layer's MoE: norm (its input is the residual stream), then the MoE on fewer tokens.
+
+The layer adds what the MoE returns to its own, longer residual stream. So the sum is made here, over the tokens that
+are left, and the layer, which gets zeros, is made to return it (`layer.py`).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmmoe.methods.method import StageInput
+from fastmmoe.prefill.patch import Patch
+from fastmmoe.prefill.routing import gate_probs
+from fastmmoe.prefill.running import RUNNING
+from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment, Stage
+from fastmmoe_kernels import PrunedBatch
+
+
+class _StagePatch(Patch):
+    """On a module of a prune layer."""
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage that the forward under way runs here, if it has anything to prune."""
+        forward = RUNNING.forward
+        if forward is None or not self.live or forward.installation is not self.installation:
+            return None
+        return forward.stage
+
+
+class NormPatch(_StagePatch):
+    """Keeps the residual stream, which is the input of the norm in front of the MoE."""
+
+    part = "norm"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stage = self.stage
+        if stage is not None:
+            stage.residual = args[0] if args else kwargs["hidden_states"]
+        return self.stock(*args, **kwargs)
+
+
+class MoEPatch(_StagePatch):
+    """Runs the MoE on the tokens that are left."""
+
+    part = "MoE"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stage = self.stage
+        if stage is None:
+            return self.stock(*args, **kwargs)
+        forward = RUNNING.forward
+        hidden = args[0] if args else kwargs["hidden_states"]
+        layer = self.installation.layers[self.number]
+        longer = forward.segments[-1].shape
+        if stage.residual is None:
+            raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {self.number}"))
+        pruned = prune(forward, layer, hidden, stage.residual.to(hidden.device))
+        stage.residual = None
+        if args:
+            output = self.stock(pruned.hidden, *args[1:], **kwargs)
+        else:
+            output = self.stock(**dict(kwargs, hidden_states=pruned.hidden))
+        stage.short = pruned.residual + output.view_as(pruned.residual)
+        return output.new_zeros(()).expand(*longer, output.shape[-1])
+
+
+def prune(forward: ForwardPass, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor) -> PrunedBatch:
+    """Shorten a batch at the stage under way, and let the layers behind know."""
+    stage, segment, device, plan = forward.stage, forward.segments[-1], hidden.device, forward.plan
+    if plan.pruning.looks and stage.seen is None:
+        raise RuntimeError("fastmmoe: no effect: a prune layer's attention did not ask which implementation to call")
+    family = forward.installation.family
+
+    def probabilities(tokens: torch.Tensor) -> torch.Tensor:
+        gate = family.gate_of(layer)
+        return gate_probs(forward, gate, tokens, family, plan.config.backend)
+
+    rope, packing = stage.rope, segment.packing
+    if packing is not None:
+        hidden, residual, *rope = map(packing.pad, (hidden, residual, *rope))
+    pruned = plan.pruning.prune(
+        StageInput(
+            stage=stage.number,
+            hidden=hidden,
+            residual=residual,
+            layout=segment.layout.to(device),
+            seen=None if stage.seen is None else stage.seen.to(device),
+            prompt=None if forward.prompt is None else forward.prompt.to(device),
+            gate_probs=probabilities,
+            rope=tuple(table.to(device) for table in rope),
+            source=None if segment.index is None else segment.index.to(device),
+        )
+    )
+    forward.segments.append(Segment.after(pruned, packed=packing is not None))
+    if packing is None:
+        return pruned
+    pack = forward.segments[-1].packing.pack
+    return pruned._replace(hidden=pack(pruned.hidden), residual=pack(pruned.residual))

@@ -1,0 +1,97 @@
+"""Greedy answers of a model to batches of prompts, under a method or under none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import fastmmoe
+from fastmmoe.config import ReductionConfig
+from fastmmoe.prefill.installation import plan_in_force
+from fastmmoe.study.prompts import Batch
+
+
+@contextmanager
+def reduced(model: PreTrainedModel, config: ReductionConfig | None) -> Iterator[None]:
+    """The model under a config within a `with` block; None: the model as it is."""
+    if config is None:
+        yield
+        return
+    with fastmmoe.enabled(model, config):
+        yield
+
+
+def prefill(model: PreTrainedModel, batch: Batch, *, use_cache: bool = True) -> Any:
+    """The language model's forward over a batch: the model's output, with logits [B, 1, V] of the next token.
+
+    On an enabled model it is a prefill with the batch's vision tokens.
+    """
+    inputs = dict(
+        inputs_embeds=batch.embeddings,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=use_cache,
+        logits_to_keep=1,
+    )
+    if plan_in_force(model) is None:
+        return model(**inputs)
+    with fastmmoe.fixed_layout(model, batch.layout):
+        return model(**inputs)
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    batch: Batch,
+    config: ReductionConfig | None,
+    *,
+    max_new_tokens: int,
+    end: tuple[int, ...],
+) -> list[list[int]]:
+    """Greedy answers, token ids without the end token; decoding stops when every prompt has its answer.
+
+    Args:
+        batch: on the model's device.
+        config: of the prefill; None answers with the model as it is.
+        max_new_tokens: an answer's length at most.
+        end: ids that end an answer.
+    """
+    ends = torch.tensor(end, device=batch.embeddings.device)
+    mask, position = batch.attention_mask, batch.position_ids[:, -1:]
+    said = []
+    with reduced(model, config):
+        output = prefill(model, batch)
+        is_done = torch.zeros(len(batch.numbers), dtype=torch.bool, device=ends.device)
+        while True:
+            token = output.logits[:, -1].argmax(-1)
+            said.append(token)
+            is_done |= torch.isin(token, ends)
+            if len(said) == max_new_tokens or is_done.all():
+                break
+            position = position + 1
+            if mask is not None:
+                mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+            output = model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+    return [_until(row, end) for row in torch.stack(said, 1).tolist()]
+
+
+def end_tokens(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
+    """The ids that end an answer: the generation config's, or the tokenizer's where it names none."""
+    end = model.generation_config.eos_token_id
+    # DeepSeek-VL2's official checkpoints do not say where generation ends
+    end = processor.tokenizer.eos_token_id if end is None else end
+    return tuple(end) if isinstance(end, (list, tuple)) else (end,)
+
+
+def _until(tokens: list[int], end: tuple[int, ...]) -> list[int]:
+    return tokens[: next((place for place, token in enumerate(tokens) if token in end), len(tokens))]

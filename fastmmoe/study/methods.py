@@ -1,0 +1,263 @@
+"""What is compared: every way of pruning, where, how much, with all and with fewer experts.
+
+A new keyword of `FastMMoEConfig` enters the study as a row of `VARIANTS` or a factor of `FACTORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fastmmoe.config import ReductionConfig
+from fastmmoe.families import find_text_model
+from fastmmoe.methods import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+
+RETENTIONS = (0.75, 0.5, 0.25)
+RANDOM_SEEDS = 8  # one draw of random pruning would favour some places of every picture
+
+# FastMMoE as the official scripts set it, and our own; beside the model family's preset
+VARIANTS: dict[str, dict[str, Any]] = {
+    "FastMMoE": {},
+    "FastMMoE, keep by redundancy": {"keep_by": "redundancy", "alpha": 0.75},
+}
+
+# ablations: one factor at a time away from a base, whose own setting stands among the values or not
+ABLATION_RETENTIONS = (0.25,)  # where methods differ
+ABLATION_BASES = VARIANTS
+FACTORS: dict[str, tuple[dict[str, Any], ...]] = {
+    "window": tuple({"window": window} for window in (1, 2, 3, 5, 10)),
+    "alpha": tuple({"alpha": alpha} for alpha in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
+    "merge_ratio": tuple({"merge_ratio": ratio} for ratio in (0.0, 0.025, 0.1, 0.25, 0.5)),
+    "strategy": tuple({"strategy": name} for name in ("hybrid", "routing_similarity", "dynamic_attention")),
+    # with enough merges to see a difference
+    "merge_method": tuple({"merge_method": name, "merge_ratio": 0.25} for name in ("mlerp", "mean")),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run the prefill.
+
+    Attributes:
+        name: what the tables call it.
+        placement: name of the layers it prunes at, "" where it prunes nowhere.
+        retention: share of the vision tokens left, 1.0 where it prunes nothing.
+        configs: batch i runs under `configs[i % len(configs)]`; empty: the dense model.
+        factor: what an ablation changes, "" otherwise.
+    """
+
+    name: str
+    placement: str = ""
+    retention: float = 1.0
+    configs: tuple[ReductionConfig, ...] = ()
+    factor: str = ""
+
+    def config_of(self, batch: int) -> ReductionConfig | None:
+        return self.configs[batch % len(self.configs)] if self.configs else None
+
+    @property
+    def config(self) -> ReductionConfig | None:
+        return self.config_of(0)
+
+    def describe(self) -> dict[str, Any]:
+        """The first columns of a row of results."""
+        config = self.config
+        top_k = None if config is None else config.vision_top_k
+        return {
+            "method": self.name,
+            "factor": self.factor,
+            "placement": self.placement,
+            "prune_layers": [] if config is None else list(config.prune_layers),
+            "retention": self.retention,
+            "vision_top_k": top_k,
+            "reduction_layer": None if top_k is None else config.reduction_layer,
+            "config": None if config is None else {"type": type(config).__name__, **config.to_dict()},
+        }
+
+    @property
+    def key(self) -> tuple:
+        """What tells it from the study's other methods."""
+        return _key(self.describe())
+
+
+def key_of(row: Mapping[str, Any]) -> tuple:
+    """`Method.key` of the method that a row of results is about."""
+    return _key(row)
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    config = sorted((row["config"] or {}).items(), key=lambda item: item[0])
+    return row["method"], row["factor"], row["placement"], row["retention"], repr(config)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the grid needs to know of a model and its prompts.
+
+    Attributes:
+        layers, top_k: the text model's depth and K.
+        preset: of its family, at layers that fit.
+        n_vision: vision tokens of every prompt; None where prompts differ.
+    """
+
+    layers: int
+    top_k: int
+    preset: FastMMoEConfig
+    n_vision: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, n_vision: int | None) -> Setting:
+        adapter, text, _ = find_text_model(model)
+        moe = next(layer for layer in text.layers if adapter.is_moe(layer))
+        top_k = adapter.routing_options(adapter.gate_of(moe))["top_k"]
+        official = _official_layers(model, len(text.layers))
+        preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
+        return cls(len(text.layers), top_k, preset, n_vision)
+
+    @property
+    def placements(self) -> dict[str, tuple[int, ...]]:
+        """Where to prune: the official three stages, and one layer early, a quarter and half of the way up."""
+        # FastV's usual K = 2 prunes behind layer 1
+        single = {"early": 1, "quarter": max(2, self.layers // 4), "half": max(3, self.layers // 2)}
+        found = {"stages": self.preset.prune_layers}
+        return found | {name: (layer,) for name, layer in single.items() if layer < self.layers - 1}
+
+    @property
+    def expert_reductions(self) -> tuple[dict[str, Any], ...]:
+        """All experts, and the preset's half of them from the preset's layer on."""
+        preset = self.preset
+        return {}, {"vision_top_k": preset.vision_top_k, "reduction_layer": preset.reduction_layer}
+
+
+def dense() -> Method:
+    return Method("dense")
+
+
+def main_grid(setting: Setting) -> list[Method]:
+    """Every method at every placement and retention, with all experts and with fewer; the dense model first."""
+    methods = [dense()]
+    for experts in setting.expert_reductions:
+        if experts:
+            methods.append(Method("fewer experts only", configs=(FastMMoEConfig(**experts),)))
+        for placement in setting.placements:
+            for retention in RETENTIONS:
+                methods += at(setting, placement, retention, experts)
+    return methods
+
+
+def at(setting: Setting, placement: str, retention: float, experts: Mapping[str, Any]) -> Iterator[Method]:
+    """All methods at one placement, with equal retention behind its last layer.
+
+    FastV prunes once by definition: it has no place where there are several stages. SparseVLM's schedule is chosen so
+    that kept and recycled tokens together are as many as the others keep.
+    """
+    layers = setting.placements[placement]
+    for name, changes in VARIANTS.items():
+        yield fastmmoe_method(setting, name, placement, retention, experts, changes)
+    if len(layers) == 1:
+        config = FastVConfig(layer=layers[0] + 1, retention=retention, **experts)
+        yield Method("FastV", placement, retention, (config,))
+    schedule = _sparse_schedule(len(layers), retention, setting.n_vision)
+    yield Method("SparseVLM", placement, retention, (SparseVLMConfig(layers=layers, **schedule, **experts),))
+    blind = {"prune_layers": layers, "retention": retention, **experts}
+    yield Method("uniform", placement, retention, (UniformConfig(**blind),))
+    seeds = range(RANDOM_SEEDS)
+    yield Method("random", placement, retention, tuple(RandomConfig(seed=seed, **blind) for seed in seeds))
+
+
+def fastmmoe_method(
+    setting: Setting,
+    name: str,
+    placement: str,
+    retention: float,
+    experts: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    factor: str = "",
+) -> Method:
+    """FastMMoE by the family's preset with `changes`, all experts unless `experts` says otherwise."""
+    fixed = {"vision_top_k": None, "prune_layers": setting.placements[placement], "retention": retention}
+    config = replace(setting.preset, **(fixed | dict(experts) | dict(changes)))
+    return Method(name, placement, retention, (config,), factor)
+
+
+def heatmap_grid(setting: Setting) -> list[Method]:
+    """Fewer experts alone, for every first layer l_v and number of experts K_v < K."""
+    return [
+        Method("fewer experts only", configs=(FastMMoEConfig(vision_top_k=top_k, reduction_layer=layer),))
+        for layer in _heatmap_layers(setting.layers)
+        for top_k in range(1, setting.top_k)
+    ]
+
+
+def ablation_grid(setting: Setting) -> list[Method]:
+    """One factor at a time away from each base, at every placement, all experts; equal configs once."""
+    methods: dict[tuple, Method] = {}
+    for placement, retention in product(setting.placements, ABLATION_RETENTIONS):
+        for base, own in ABLATION_BASES.items():
+            for factor, settings in {"base": ({},), **FACTORS}.items():
+                for changes in settings:
+                    method = fastmmoe_method(setting, base, placement, retention, {}, own | changes, factor)
+                    methods.setdefault((base, method.configs), method)
+    return list(methods.values())
+
+
+def chosen_grid(setting: Setting, name: str, changes: Mapping[str, Any]) -> list[Method]:
+    """One setting of FastMMoE at every placement and retention, with all experts and with fewer."""
+    return [
+        fastmmoe_method(setting, name, placement, retention, experts, changes)
+        for experts in setting.expert_reductions
+        for placement in setting.placements
+        for retention in RETENTIONS
+    ]
+
+
+def changes_of(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a row's FastMMoE config differs from the preset, apart from where and how much it prunes."""
+    apart = {"vision_top_k", "reduction_layer", "prune_layers", "retention", "keep_ratios"}
+    names = [field.name for field in fields(FastMMoEConfig) if field.name not in apart]
+    return {name: config[name] for name in names if config[name] != getattr(setting.preset, name)}
+
+
+def _official_layers(model: PreTrainedModel, depth: int) -> tuple[int, ...]:
+    """The preset's prune layers, or, in a model that is not as deep, layers at the same share of a 48-layer model."""
+    try:
+        official = FastMMoEConfig.preset(model, retention=0.5).prune_layers
+    except ValueError:
+        official = (depth,)
+    if official[-1] < depth - 1:
+        return official
+    layers: list[int] = []
+    for share in (5 / 48, 8 / 48, 12 / 48):
+        layers.append(max(round(share * depth), layers[-1] + 1 if layers else 1))
+    # behind the last layer there is nothing to save
+    return tuple(layer for layer in layers if layer < depth - 1)
+
+
+def _heatmap_layers(depth: int) -> tuple[int, ...]:
+    """At most twelve layers, evenly from the first on."""
+    step = -(-depth // 12)
+    return tuple(range(0, depth, step))
+
+
+def _sparse_schedule(stages: int, retention: float, n_vision: int | None) -> dict[str, tuple]:
+    """SparseVLM's counts, or ratios where prompts differ: kept and recycled tokens together as many as FastMMoE's."""
+    share = retention ** (1 / stages)
+    if n_vision is None:
+        # the clusters are 3 % of what is dropped
+        return {"keep_ratios": (max((share - 0.03) / 0.97, 0.01),) * stages}
+    counts, n = [], n_vision
+    for _ in range(stages):
+        target = max(1, int(n * share))
+        # the most that stay with their clusters within the target
+        fitting = (kept for kept in range(target, 0, -1) if _sparse_left(kept, n) <= target)
+        counts.append(next(fitting, 1))
+        n = _sparse_left(counts[-1], n)
+    return {"counts": tuple(counts)}
+
+
+def _sparse_left(kept: int, n_vision: int) -> int:
+    return SparseVLMConfig(layers=(0,), counts=(kept,)).vision_left(0, n_vision)

@@ -1,0 +1,87 @@
+"""How long the language model's prefill takes under each method: round after round, every method once per round."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import fastmmoe
+from fastmmoe.methods import FastMMoEConfig
+from fastmmoe.study.answers import prefill, reduced
+from fastmmoe.study.methods import Method
+from fastmmoe.study.prompts import Batch
+
+
+@torch.inference_mode()
+def prefill_times(
+    model: PreTrainedModel,
+    batch: Batch,
+    methods: Sequence[Method],
+    rounds: int,
+    progress: Callable[[int], None] = lambda timed: None,
+) -> list[dict[str, Any]]:
+    """Time one batch's prefill under every method, vision tower, tokenizer and decoding not included.
+
+    Each round runs all methods in an order of its own, so that a change of clock or load meets all alike; a first round
+    warms up and does not count. Ratios are taken within a round.
+
+    Args:
+        methods: the first is what the others are compared with.
+        rounds: how many count.
+        progress: called with 1 after every prefill; there are `len(methods) * (rounds + 1)`.
+
+    Returns:
+        A row per method: its description, `seconds` (median), `time_ratio` (median of the rounds' ratios to the first
+        method) with its quartiles, `rounds`, `batch` and `tokens` (of a prompt), `flops_ratio`.
+    """
+    batch = batch.to(model.device)
+    order = list(range(len(methods)))
+    rng = random.Random(0)
+    seconds: list[list[float]] = [[] for _ in methods]
+    for number in range(rounds + 1):
+        rng.shuffle(order)
+        for which in order:
+            with reduced(model, methods[which].config):
+                _wait(model.device)
+                start = time.perf_counter()
+                prefill(model, batch)
+                _wait(model.device)
+                taken = time.perf_counter() - start
+            if number:
+                seconds[which].append(taken)
+            progress(1)
+    return [
+        {**method.describe(), **_figures(taken, seconds[0], batch), "flops_ratio": flops_ratio(model, batch, method)}
+        for method, taken in zip(methods, seconds, strict=True)
+    ]
+
+
+def flops_ratio(model: PreTrainedModel, batch: Batch, method: Method) -> float:
+    """FLOPs of the language model's prefill over a batch, of the dense model's."""
+    layout = batch.layout
+    n_text = [length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True)]
+    counted = fastmmoe.flops(model, n_text, layout.n_vision, method.config or FastMMoEConfig())
+    return counted.reduced / counted.dense
+
+
+def _figures(taken: list[float], first: list[float], batch: Batch) -> dict[str, Any]:
+    ratios = sorted(one / other for one, other in zip(taken, first, strict=True))
+    return {
+        "seconds": median(taken),
+        "time_ratio": median(ratios),
+        "time_ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "rounds": len(ratios),
+        "batch": len(batch.numbers),
+        "tokens": batch.layout.width,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
