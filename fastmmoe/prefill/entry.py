@@ -139,7 +139,12 @@ class TextPatch(_EntryPatch):
                 state.crop_to(past)
         mask = CallerMask.of(inputs.get("attention_mask"), past, n, batch)
         if vision is not None:
-            layout, packed = self._read_layout(plan, vision, mask, past)
+            packed = False
+            if mask.pairs is not None and plan.stages:
+                layout, mask, packed = read_masked_layout(vision, mask, past)
+            else:
+                valid = None if mask.valid is None else mask.valid.to(vision.device)
+                layout = VisionLayout.from_mask(vision, valid)
             if not _skips(plan, layout) and (any(layout.n_vision) or state is not None):
                 return self._begin_prefill(call, inputs, layout, cache, past, state, mask, packed)
         if state is None:
@@ -148,14 +153,6 @@ class TextPatch(_EntryPatch):
         # one token per sample is a decode step; it would not be decoded if it were padding
         segment = Segment(valid, n == 1 or mask.valid is None)
         return ForwardPass(self.installation, plan, self.module.config, [segment], cache, past, state, mask)
-
-    def _read_layout(
-        self, plan: Plan, vision: torch.Tensor, mask: CallerMask, past: int
-    ) -> tuple[VisionLayout, bool]:
-        """(where the vision tokens are, whether the one row holds several samples). The one host read of a prefill."""
-        if mask.pairs is not None and plan.stages and past == 0:
-            return read_masked_layout(vision, mask)
-        return VisionLayout.from_mask(vision, None if mask.valid is None else mask.valid.to(vision.device)), False
 
     def _begin_packed(
         self, plan: Plan, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None

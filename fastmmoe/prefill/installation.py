@@ -16,8 +16,8 @@ from fastmmoe.families import find_text_model
 from fastmmoe.prefill.attention import AttentionPatch
 from fastmmoe.prefill.entry import HeadPatch, ParentPatch, TextPatch
 from fastmmoe.prefill.layer import LayerPatch
-from fastmmoe.prefill.patch import FORWARDS, ConfigPatch, Patch
-from fastmmoe.prefill.plan import Plan, uncompiled
+from fastmmoe.prefill.patch import FORWARDS, ConfigPatch, Patch, innermost
+from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
 from fastmmoe.prefill.stage import MoEPatch, NormPatch
 from fastmmoe_kernels import VisionLayout
@@ -72,7 +72,7 @@ class Installation:
 
     def __init__(self, model: nn.Module):
         self.family, self.text, self.parent = find_text_model(model)
-        self.layers = [uncompiled(layer) for layer in self.text.layers]
+        self.layers = [innermost(layer) for layer in self.text.layers]
         self.own: Plan | None = None
         self.blocks_open = 0
         self._heads: dict[int, nn.Module] = {}
@@ -142,11 +142,11 @@ class Installation:
     def see(self, model: nn.Module) -> None:
         """Take the modules as they are now, and know the heads above the text model in `model`: they tell who asks."""
         with self._lock:
-            self.layers = [uncompiled(layer) for layer in self.text.layers]
+            self.layers = [innermost(layer) for layer in self.text.layers]
             for module in model.modules():
                 if "logits_to_keep" in inspect.signature(type(module).forward).parameters:
                     if any(inner is self.text for inner in module.modules()):
-                        self._heads[id(uncompiled(module))] = uncompiled(module)
+                        self._heads[id(innermost(module))] = innermost(module)
             self._update()
 
     def hold(self, plan: Plan | None) -> None:
@@ -190,13 +190,13 @@ class Installation:
                 yield LayerPatch, layer, number
             if number in plan.stages:
                 if plan.pruning.looks:
-                    yield AttentionPatch, uncompiled(family.attention_of(layer)), number
+                    yield AttentionPatch, innermost(family.attention_of(layer)), number
                 if not plan.config.prunes_behind_layer:
-                    yield NormPatch, uncompiled(family.norm_of(layer)), number
-                    yield MoEPatch, uncompiled(family.moe_of(layer)), number
+                    yield NormPatch, innermost(family.norm_of(layer)), number
+                    yield MoEPatch, innermost(family.moe_of(layer)), number
             if number in plan.reduced:
-                yield GatePatch, uncompiled(family.gate_of(layer)), number
-                yield ExpertsPatch, uncompiled(family.experts_of(layer)), number
+                yield GatePatch, innermost(family.gate_of(layer)), number
+                yield ExpertsPatch, innermost(family.experts_of(layer)), number
 
     def check(self, plan: Plan) -> None:
         """Refuse to run a plan on modules that are no longer those it was made for.
@@ -204,7 +204,7 @@ class Installation:
         Raises:
             RuntimeError: names what was exchanged.
         """
-        layers = [uncompiled(layer) for layer in self.text.layers]
+        layers = [innermost(layer) for layer in self.text.layers]
         if len(layers) != len(self.layers):
             raise RuntimeError(
                 f"fastmmoe: no effect: the model has {len(layers)} layers, and had {len(self.layers)} when it was "

@@ -93,26 +93,31 @@ def _layout_of_row(vision: torch.Tensor, lengths: list[int]) -> VisionLayout:
     return VisionLayout.from_mask(padded, valid)
 
 
-def read_masked_layout(vision_mask: torch.Tensor, mask: CallerMask) -> tuple[VisionLayout, bool]:
+def read_masked_layout(
+    vision_mask: torch.Tensor, mask: CallerMask, past: int
+) -> tuple[VisionLayout, CallerMask, bool]:
     """Describe a batch to be pruned whose attention mask says of every pair of tokens whether one sees the other.
 
     The one host read of its prefill.
 
     Args:
         vision_mask: bool [B, n], true at vision tokens.
-        mask: a mask of pairs, over no past.
+        mask: a mask of pairs.
+        past: tokens in front of the n.
 
     Returns:
-        (layout on the device of `vision_mask`, whether it is that of several samples in one row).
+        (layout on the device of `vision_mask`, the mask, without pairs if it is a causal one, whether the layout is
+        that of several samples in one row).
 
     Raises:
         ValueError: a mask under which it is not clear what the asking token attends to, or where samples begin.
     """
-    device = vision_mask.device
-    valid = mask.valid.to(device)
-    starts = mask.sample_starts(mask.valid).to(device)
-    biased = mask.is_biased.to(device).expand_as(valid)
-    vision, valid, starts, biased = torch.stack((vision_mask, valid, starts, biased)).cpu()
+    device, valid = vision_mask.device, mask.valid
+    is_causal, keys = mask.as_keys(past)
+    starts = torch.zeros_like(valid) if past else mask.sample_starts(valid)
+    flags = (flag.expand_as(valid) for flag in (is_causal, mask.is_biased))
+    read = torch.stack([vision_mask, *(row.to(device) for row in (valid, starts, *flags))])
+    vision, valid, starts, is_causal, biased = read.cpu()
     if mask.pairs.shape[1] != 1:
         raise ValueError(
             f"attention_mask: expected one mask for all heads where tokens are pruned, got {mask.pairs.shape[1]}"
@@ -123,7 +128,8 @@ def read_masked_layout(vision_mask: torch.Tensor, mask: CallerMask) -> tuple[Vis
         )
     samples = starts.sum(1).tolist()
     if max(samples) <= 1:
-        return VisionLayout.from_mask(vision, valid).to(device), False
+        mask = CallerMask(mask.valid, keys, None) if is_causal.all() else mask
+        return VisionLayout.from_mask(vision, valid).to(device), mask, False
     if len(samples) > 1 or not valid.all():
         raise ValueError(
             "attention_mask: expected one row without padding where a mask separates samples, got a batch of "
@@ -131,7 +137,8 @@ def read_masked_layout(vision_mask: torch.Tensor, mask: CallerMask) -> tuple[Vis
         )
     begins = starts[0].nonzero().flatten().tolist()
     ends = [*begins[1:], vision.shape[1]]
-    return _layout_of_row(vision[0], [end - begin for begin, end in zip(begins, ends, strict=True)]).to(device), True
+    lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    return _layout_of_row(vision[0], lengths).to(device), mask, True
 
 
 def pack_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,3 +167,12 @@ def warn_of_copy() -> None:
     warnings.warn(
         "fastmmoe: a copy of an enabled model is a stock model; call fastmmoe.enable on the copy", stacklevel=2
     )
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """A module without what wraps it and calls it: `torch.compile`, an adapter on its parameters."""
+    while True:
+        inside = module._modules.get("_orig_mod", module._modules.get("base_layer"))
+        if inside is None:
+            return module
+        module = inside

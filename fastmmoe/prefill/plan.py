@@ -1,7 +1,6 @@
 """What a config comes to on one model: which layers prune, which take fewer experts. Refuses what could not work."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -9,13 +8,9 @@ from fastmmoe.config import ReductionConfig
 from fastmmoe.families import Family
 from fastmmoe.methods.method import Pruning
 from fastmmoe.prefill.experts import check_experts
+from fastmmoe.prefill.patch import innermost
 from fastmmoe.prefill.sequence import Segment
 from fastmmoe_kernels.backend import resolve_backend
-
-
-def uncompiled(module: Any) -> Any:
-    """A module, or what is inside of `torch.compile(module)`."""
-    return getattr(module, "_orig_mod", module)
 
 
 @dataclass(eq=False)
@@ -50,7 +45,7 @@ class Plan:
                 "model: expected a model in evaluation mode, got one in training mode; call model.eval()"
             )
         resolve_backend(config.backend, next(text.parameters()))
-        layers = [uncompiled(layer) for layer in text.layers]
+        layers = [innermost(layer) for layer in text.layers]
         moe = [number for number, layer in enumerate(layers) if family.is_moe(layer)]
         if not moe:
             raise ValueError("model: no layer holds routed experts")
@@ -63,7 +58,7 @@ class Plan:
                 f"prune_layers: pruning is not supported with sliding window attention (sliding_window={window}); "
                 "vision_top_k alone is"
             )
-        top_k = family.routing_options(family.gate_of(layers[moe[0]]))["top_k"]
+        top_k = family.routing_options(innermost(family.gate_of(layers[moe[0]])))["top_k"]
         config.check_model(len(layers), top_k)
         reduced: tuple[int, ...] = ()
         if config.vision_top_k is not None and config.vision_top_k < top_k:
@@ -71,7 +66,7 @@ class Plan:
             if not reduced:
                 raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
         for number in reduced:
-            experts = family.experts_of(layers[number])
+            experts = innermost(family.experts_of(layers[number]))
             check_experts(experts)
             if getattr(experts, "_is_expert_parallel", False):
                 raise ValueError("model: expert parallelism is not supported together with vision_top_k")

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastmmoe.families import Family
 from fastmmoe.prefill.experts import run_experts
-from fastmmoe.prefill.patch import Patch
+from fastmmoe.prefill.patch import Patch, innermost
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
 from fastmmoe_kernels import gate_routing, topk_routing
@@ -56,9 +56,11 @@ def gate_probs(
     forward: ForwardPass, gate: nn.Module, hidden: torch.Tensor, family: Family, backend: str
 ) -> torch.Tensor:
     """A gate's probabilities beside its own choice, float32 [B, n, E], for hidden [B, n, H]."""
-    flat, options = hidden.reshape(-1, hidden.shape[-1]), family.routing_options(gate)
+    inside = innermost(gate)
+    flat, options = hidden.reshape(-1, hidden.shape[-1]), family.routing_options(inside)
     patch = vars(gate).get("forward")
-    if (patch is None or getattr(patch, "is_bare", False)) and is_linear(gate, hidden, family):
+    is_bare = inside is gate and (patch is None or isinstance(patch, Patch) and patch.is_bare)
+    if is_bare and is_linear(gate, hidden, family):
         probs = gate_routing(flat, gate.weight, **options, return_probs=True, backend=backend).probs
     else:
         forward.probing = True

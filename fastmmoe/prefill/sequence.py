@@ -68,7 +68,7 @@ class Stage:
         number: of the stage, from 0.
         rope: RoPE tables (cos, sin) of the tokens that enter.
         seen: what the pruning took from the layer's attention call; None before it.
-        residual: the residual stream in front of the MoE, before pruning.
+        residual: the residual stream in front of the MoE, of the tokens that are left.
         short: the layer's output once tokens are pruned; None before.
     """
 

@@ -1,4 +1,4 @@
-"""A prune stage in front of a prune layer's MoE: norm (its input is the residual stream), then the MoE on fewer tokens.
+"""A prune stage: tokens go between a prune layer's attention and its MoE, or behind the layer.
 
 The layer adds what the MoE returns to its own, longer residual stream. So the sum is made here, over the tokens that
 are left, and the layer, which gets zeros, is made to return it (`layer.py`).
@@ -30,39 +30,33 @@ class _StagePatch(Patch):
 
 
 class NormPatch(_StagePatch):
-    """Keeps the residual stream, which is the input of the norm in front of the MoE."""
+    """Takes tokens away behind the norm in front of the MoE, whose input is the residual stream."""
 
     part = "norm"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stage = self.stage
-        if stage is not None:
-            stage.residual = args[0] if args else kwargs["hidden_states"]
-        return self.stock(*args, **kwargs)
+        hidden, stage = self.stock(*args, **kwargs), self.stage
+        if stage is None:
+            return hidden
+        residual = args[0] if args else kwargs["hidden_states"]
+        pruned = prune(RUNNING.forward, self.installation.layers[self.number], hidden, residual)
+        stage.residual = pruned.residual
+        return pruned.hidden
 
 
 class MoEPatch(_StagePatch):
-    """Runs the MoE on the tokens that are left."""
+    """Adds what the MoE makes of the tokens that are left to their residual stream."""
 
     part = "MoE"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stage = self.stage
+        output, stage = self.stock(*args, **kwargs), self.stage
         if stage is None:
-            return self.stock(*args, **kwargs)
-        forward = RUNNING.forward
-        hidden = args[0] if args else kwargs["hidden_states"]
-        layer = self.installation.layers[self.number]
-        longer = forward.segments[-1].shape
+            return output
         if stage.residual is None:
             raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {self.number}"))
-        pruned = prune(forward, layer, hidden, stage.residual.to(hidden.device))
-        stage.residual = None
-        if args:
-            output = self.stock(pruned.hidden, *args[1:], **kwargs)
-        else:
-            output = self.stock(**dict(kwargs, hidden_states=pruned.hidden))
-        stage.short = pruned.residual + output.view_as(pruned.residual)
+        stage.short = stage.residual + output.view_as(stage.residual)
+        longer = RUNNING.forward.segments[-2].shape
         return output.new_zeros(()).expand(*longer, output.shape[-1])
 
 
@@ -74,8 +68,7 @@ def prune(forward: ForwardPass, layer: nn.Module, hidden: torch.Tensor, residual
     family = forward.installation.family
 
     def probabilities(tokens: torch.Tensor) -> torch.Tensor:
-        gate = family.gate_of(layer)
-        return gate_probs(forward, gate, tokens, family, plan.config.backend)
+        return gate_probs(forward, family.gate_of(layer), tokens, family, plan.config.backend)
 
     rope, packing = stage.rope, segment.packing
     if packing is not None:
