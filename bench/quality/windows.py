@@ -24,12 +24,11 @@ import typer
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
-from fastmmoe.methods.base import checked
 from provenance import provenance, write_json
 
 from fastmmoe.methods import FastMMoEConfig, int_from, tuple_of
 from fastmmoe.methods.fastmmoe import FastMMoEPruning
-from fastmmoe.methods.method import Pruning, StageInput
+from fastmmoe.methods.method import Pruning, StageInput, checked
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
 from fastmmoe.study.accuracy import answers_of
 from fastmmoe.study.methods import Method
