@@ -213,36 +213,8 @@ def _check_rope(rope: object, layout: VisionLayout) -> None:
     check_tensor("rope[1]", sin, tuple(cos.shape), (cos.dtype,), layout.device)
 
 
-def _run(
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    importance: torch.Tensor,
-    redundancy: torch.Tensor,
-    windows: torch.Tensor,
-    run_rank: torch.Tensor,
-    table: torch.Tensor,
-    rope: list[torch.Tensor],
-    source: torch.Tensor | None,
-    width: int,
-    most_merged: int,
-    window: int,
-    merge_method: str,
-    backend: str,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
-]:  # fmt: skip
-    if backend == "triton":
-        from fastmmoe_kernels.prune.kernel import prune_batch_triton as run
-    else:
-        run = prune_batch_reference
-    return run(
-        hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
-        merge_method,
-    )  # fmt: skip
-
-
 def _fake(hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
-          merge_method, backend):  # fmt: skip
+          merge_method):  # fmt: skip
     batch, _, features = hidden.shape
     return (
         hidden.new_empty(batch, width, features),
@@ -255,4 +227,4 @@ def _fake(hidden, residual, importance, redundancy, windows, run_rank, table, ro
     )
 
 
-_prune_batch = register("prune_batch", _run, _fake)
+_prune_batch = register("prune_batch", prune_batch_reference, "fastmmoe_kernels.prune.kernel:prune_batch_triton", _fake)
