@@ -48,9 +48,7 @@ def gate_routing_reference(
     options: RoutingOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gate's logits, and `topk_routing_reference` of them."""
-    # autocast would round the logits
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden.float(), weight.float())  # [T, E]
+    logits = F.linear(hidden.float(), weight.float())  # [T, E]
     return logits, *topk_routing_reference(logits, options)
 
 
