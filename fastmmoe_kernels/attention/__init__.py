@@ -47,22 +47,13 @@ def last_query_attention(
     return _last_query_attention(query, key, key_mask, float(scale), resolve_backend(backend, query))
 
 
-def _run(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    scale: float,
-    backend: str,
-) -> torch.Tensor:
-    if backend == "triton":
-        from fastmmoe_kernels.attention.kernel import last_query_attention_triton as run
-    else:
-        run = last_query_attention_reference
-    return run(query, key, key_mask, scale)
-
-
-def _fake(query, key, key_mask, scale, backend):
+def _fake(query, key, key_mask, scale):
     return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
 
 
-_last_query_attention = register("last_query_attention", _run, _fake)
+_last_query_attention = register(
+    "last_query_attention",
+    last_query_attention_reference,
+    "fastmmoe_kernels.attention.kernel:last_query_attention_triton",
+    _fake,
+)

@@ -52,23 +52,10 @@ def moe_experts(
     return _moe_experts(hidden, gate_up_proj, down_proj, ids, weights, resolve_backend(backend, hidden))
 
 
-def _run(
-    hidden: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
-    if backend == "triton":
-        from fastmmoe_kernels.experts.kernel import moe_experts_triton as run
-    else:
-        run = moe_experts_reference
-    return run(hidden, gate_up_proj, down_proj, ids, weights)
-
-
-def _fake(hidden, gate_up_proj, down_proj, ids, weights, backend):
+def _fake(hidden, gate_up_proj, down_proj, ids, weights):
     return hidden.new_empty(hidden.shape)
 
 
-_moe_experts = register("moe_experts", _run, _fake)
+_moe_experts = register(
+    "moe_experts", moe_experts_reference, "fastmmoe_kernels.experts.kernel:moe_experts_triton", _fake
+)

@@ -10,6 +10,7 @@ from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.checks import FLOATS, check_choice, check_int, check_tensor
 from fastmmoe_kernels.layout import VisionLayout, check_prune_ratios
 from fastmmoe_kernels.library import register
+from fastmmoe_kernels.prune.arguments import PruneArguments
 from fastmmoe_kernels.prune.reference import prune_batch_reference
 from fastmmoe_kernels.redundancy import check_layout, check_redundancy_settings, window_scores
 from fastmmoe_kernels.redundancy.reference import window_head
@@ -163,22 +164,11 @@ def prune_batch(
         importance = -token_redundancy(redundancy, layout.run_rank, window)
     elif strategy == "routing_similarity":
         importance = torch.linalg.vector_norm(probs, dim=-1)
-    short_hidden, short_residual, index, merged, valid, run_rank, tables = _prune_batch(
-        hidden,
-        residual,
-        importance,
-        redundancy,
-        windows,
-        layout.run_rank,
-        table,
-        list(rope or ()),
-        source,
-        counts.width,
-        max(counts.most_merged, default=0),
-        window,
-        merge_method,
-        backend,
-    )
+    stage = PruneArguments(
+        hidden, residual, importance, redundancy, windows, layout.run_rank, table, list(rope or ()), source,
+        counts.width, max(counts.most_merged, default=0), window, merge_method,
+    )  # fmt: skip
+    short_hidden, short_residual, index, merged, valid, run_rank, tables = _prune_batch(*stage, backend)
     short = dataclasses.replace(
         layout, width=counts.width, lengths=counts.lengths, n_vision=counts.targets, run_rank=run_rank
     )
@@ -213,36 +203,8 @@ def _check_rope(rope: object, layout: VisionLayout) -> None:
     check_tensor("rope[1]", sin, tuple(cos.shape), (cos.dtype,), layout.device)
 
 
-def _run(
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    importance: torch.Tensor,
-    redundancy: torch.Tensor,
-    windows: torch.Tensor,
-    run_rank: torch.Tensor,
-    table: torch.Tensor,
-    rope: list[torch.Tensor],
-    source: torch.Tensor | None,
-    width: int,
-    most_merged: int,
-    window: int,
-    merge_method: str,
-    backend: str,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
-]:  # fmt: skip
-    if backend == "triton":
-        from fastmmoe_kernels.prune.kernel import prune_batch_triton as run
-    else:
-        run = prune_batch_reference
-    return run(
-        hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
-        merge_method,
-    )  # fmt: skip
-
-
-def _fake(hidden, residual, importance, redundancy, windows, run_rank, table, rope, source, width, most_merged, window,
-          merge_method, backend):  # fmt: skip
+def _fake(stage):
+    hidden, residual, run_rank, width = stage.hidden, stage.residual, stage.run_rank, stage.width
     batch, _, features = hidden.shape
     return (
         hidden.new_empty(batch, width, features),
@@ -251,8 +213,8 @@ def _fake(hidden, residual, importance, redundancy, windows, run_rank, table, ro
         run_rank.new_empty(batch, width, dtype=torch.bool),
         run_rank.new_empty(batch, width, dtype=torch.bool),
         run_rank.new_empty(batch, width),
-        [angles.new_empty(batch, width, angles.shape[2]) for angles in rope],
+        [angles.new_empty(batch, width, angles.shape[2]) for angles in stage.rope],
     )
 
 
-_prune_batch = register("prune_batch", _run, _fake)
+_prune_batch = register("prune_batch", prune_batch_reference, "fastmmoe_kernels.prune.kernel:prune_batch_triton", _fake)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastmmoe_kernels.prune.arguments import PruneArguments, PruneResults
 from fastmmoe_kernels.variant import KernelVariant
 
 BLOCK_N = 2048
@@ -239,26 +240,11 @@ def move_and_merge_kernel(
         _copy_row(residual, out_residual_ptr + out * H, is_token, H, BLOCK_H)
 
 
-def prune_batch_triton(
-    hidden: torch.Tensor,  # [B, n, H]
-    residual: torch.Tensor,  # [B, n, H]
-    importance: torch.Tensor,  # [B, n]
-    redundancy: torch.Tensor,  # [B, n], -inf where no window begins
-    windows: torch.Tensor,  # [B]
-    run_rank: torch.Tensor,  # [B, n]
-    table: torch.Tensor,  # [5, B]: start, length, target, most_merged, new start
-    rope: list[torch.Tensor],  # cos and sin, each [B or 1, n, D], or nothing
-    source: torch.Tensor | None,  # [B, n]
-    width: int,
-    most_merged: int,  # used by the reference, which gathers the merged windows
-    window: int,
-    merge_method: str,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
-]:  # fmt: skip
-    batch, n, features = hidden.shape
-    hidden, residual = _unit_last_stride(hidden), _unit_last_stride(residual)
-    rope = [_unit_last_stride(angles).expand(batch, -1, -1) for angles in rope]
+def prune_batch_triton(stage: PruneArguments) -> PruneResults:
+    run_rank, source, width, window = stage.run_rank, stage.source, stage.width, stage.window
+    batch, n, features = stage.hidden.shape
+    hidden, residual = _unit_last_stride(stage.hidden), _unit_last_stride(stage.residual)
+    rope = [_unit_last_stride(angles).expand(batch, -1, -1) for angles in stage.rope]
     out_hidden = hidden.new_empty(batch, width, features)
     out_residual = residual.new_empty(batch, width, features)
     out_rope = [angles.new_empty(batch, width, angles.shape[2]) for angles in rope]
@@ -272,8 +258,8 @@ def prune_batch_triton(
         slot = run_rank.new_empty(batch, n)
         origin = run_rank.new_empty(batch, width)
         select_kernel[(batch,)](
-            redundancy, windows, importance.contiguous(), run_rank, table, keys, head, slot, origin, n, width, batch,
-            WINDOW=window, BLOCK_N=BLOCK_N, num_warps=SELECT_WARPS,
+            stage.redundancy, stage.windows, stage.importance.contiguous(), run_rank, stage.table, keys, head, slot,
+            origin, n, width, batch, WINDOW=window, BLOCK_N=BLOCK_N, num_warps=SELECT_WARPS,
         )  # fmt: skip
         cos, sin = rope or (None, None)
         out_cos, out_sin = out_rope or (None, None)
@@ -283,7 +269,7 @@ def prune_batch_triton(
             hidden, residual, cos, sin, None if source is None else source.contiguous(), run_rank, head, slot, origin,
             out_hidden, out_residual, out_cos, out_sin, index, merged, valid, out_rank,
             n, width, features, angles, *(strides if rope else (*strides, 0, 0, 0, 0)),
-            WINDOW=window, MLERP=merge_method == "mlerp", **move_blocks(window, features),
+            WINDOW=window, MLERP=stage.merge_method == "mlerp", **move_blocks(window, features),
         )  # fmt: skip
     return out_hidden, out_residual, index, merged, valid, out_rank, out_rope
 

@@ -2,38 +2,24 @@
 
 import torch
 
+from fastmmoe_kernels.prune.arguments import PruneArguments, PruneResults
 from fastmmoe_kernels.redundancy.reference import window_head
 
 
-def prune_batch_reference(
-    hidden: torch.Tensor,  # [B, n, H]
-    residual: torch.Tensor,  # [B, n, H]
-    importance: torch.Tensor,  # [B, n]
-    redundancy: torch.Tensor,  # [B, n], -inf where no window begins
-    windows: torch.Tensor,  # [B]
-    run_rank: torch.Tensor,  # [B, n]
-    table: torch.Tensor,  # [5, B]: start, length, target, most_merged, new start
-    rope: list[torch.Tensor],  # cos and sin, each [B or 1, n, D], or nothing
-    source: torch.Tensor | None,  # [B, n]
-    width: int,
-    most_merged: int,
-    window: int,
-    merge_method: str,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
-]:  # fmt: skip
+def prune_batch_reference(stage: PruneArguments) -> PruneResults:
+    hidden, run_rank, width, window = stage.hidden, stage.run_rank, stage.width, stage.window
     n = run_rank.shape[1]
-    start, length, target, most, new_start = table.long().unsqueeze(-1)  # each [B, 1]
+    start, length, target, most, new_start = stage.table.long().unsqueeze(-1)  # each [B, 1]
     position = torch.arange(n, device=hidden.device)
     vision = run_rank >= 0
     text = (position >= start) & (position < start + length) & ~vision
 
     # merge: the windows with the largest redundancy
-    count = torch.minimum(most, windows.unsqueeze(-1) - 1).clamp_min(0)  # [B, 1]
-    is_merged_head, by_redundancy = _largest(redundancy, count)
+    count = torch.minimum(most, stage.windows.unsqueeze(-1) - 1).clamp_min(0)  # [B, 1]
+    is_merged_head, by_redundancy = _largest(stage.redundancy, count)
     # keep: of the others, the most important tokens
     in_merged = vision & is_merged_head.gather(1, window_head(run_rank, window))
-    kept, _ = _largest(torch.where(vision & ~in_merged, importance, float("-inf")), target - count)
+    kept, _ = _largest(torch.where(vision & ~in_merged, stage.importance, float("-inf")), target - count)
     survives = text | is_merged_head | kept
 
     # compact: where each survivor goes, and where each new token came from
@@ -43,7 +29,7 @@ def prune_batch_reference(
     origin = origin.scatter_(1, slot, position.expand_as(slot))[:, :width]
     valid = origin >= 0
     origin = origin.clamp_min(0)
-    index = torch.where(valid, origin if source is None else source.gather(1, origin), -1)
+    index = torch.where(valid, origin if stage.source is None else stage.source.gather(1, origin), -1)
     merged = is_merged_head.gather(1, origin) & valid
     run_start = (position - run_rank).clamp(0, max(n - 1, 0))
     new_rank = torch.where(vision, before - before.gather(1, run_start), -1)
@@ -52,7 +38,7 @@ def prune_batch_reference(
     def move(x: torch.Tensor) -> torch.Tensor:
         return torch.where(valid.unsqueeze(-1), _rows(x, origin), 0)
 
-    heads = by_redundancy[:, :most_merged]  # [B, M]
+    heads = by_redundancy[:, : stage.most_merged]  # [B, M]
     into = torch.where(is_merged_head.gather(1, heads), slot.gather(1, heads), width)
     offset = torch.arange(window, device=hidden.device)
     members = (heads.unsqueeze(-1) + offset).clamp_max(max(n - 1, 0))  # [B, M, W]
@@ -61,14 +47,14 @@ def prune_batch_reference(
 
     def shorten(x: torch.Tensor) -> torch.Tensor:
         out = torch.nn.functional.pad(move(x), (0, 0, 0, 1))  # the last row is scratch
-        if most_merged:
+        if stage.most_merged:
             tokens = _rows(x, members.flatten(1)).view(*members.shape, -1)  # [B, M, W, H]
-            merge = _mlerp if merge_method == "mlerp" else _mean
+            merge = _mlerp if stage.merge_method == "mlerp" else _mean
             out.scatter_(1, into.unsqueeze(-1).expand(-1, -1, x.shape[2]), merge(tokens.float(), is_member).to(x.dtype))
         return out[:, :width].contiguous()
 
-    tables = [move(angles.expand(hidden.shape[0], -1, -1)) for angles in rope]
-    return shorten(hidden), shorten(residual), index, merged, valid, new_rank, tables
+    tables = [move(angles.expand(hidden.shape[0], -1, -1)) for angles in stage.rope]
+    return shorten(hidden), shorten(stage.residual), index, merged, valid, new_rank, tables
 
 
 def _largest(keys: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

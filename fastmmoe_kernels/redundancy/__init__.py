@@ -71,29 +71,13 @@ def check_redundancy_settings(window: int, alpha: float, strategy: str) -> None:
     check_choice("strategy", strategy, STRATEGIES)
 
 
-def _run(
-    probs: torch.Tensor,
-    importance: torch.Tensor,
-    run_rank: torch.Tensor,
-    window: int,
-    alpha: float,
-    strategy: str,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(S, A, C, number of windows): float32 [B, n], a window's values at its first token and (0, 0, -inf) elsewhere;
-    int32 [B]. No host read: the form in which `prune_batch` uses the scores."""
-    if backend == "triton":
-        from fastmmoe_kernels.redundancy.kernel import window_scores_triton as run
-    else:
-        run = window_scores_reference
-    return run(probs, importance, run_rank, window, alpha, strategy)
-
-
-def _fake(probs, importance, run_rank, window, alpha, strategy, backend):
+def _fake(probs, importance, run_rank, window, alpha, strategy):
     return (
         *(torch.empty_like(run_rank, dtype=torch.float32) for _ in range(3)),
         run_rank.new_empty(run_rank.shape[0]),
     )
 
 
-window_scores = register("window_scores", _run, _fake)
+window_scores = register(
+    "window_scores", window_scores_reference, "fastmmoe_kernels.redundancy.kernel:window_scores_triton", _fake
+)

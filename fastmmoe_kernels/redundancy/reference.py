@@ -11,6 +11,8 @@ def window_scores_reference(
     alpha: float,
     strategy: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(S, A, C, number of windows): float32 [B, n], a window's values at its first token and (0, 0, -inf) elsewhere;
+    int32 [B]. No host read: the form in which `prune_batch` uses the scores."""
     vision = run_rank >= 0
     p = torch.where(vision.unsqueeze(-1), probs, 0.0)
     a = torch.where(vision, importance, 0.0)

@@ -5,11 +5,10 @@ from typing import NamedTuple
 import torch
 
 from fastmmoe_kernels.backend import resolve_backend
-from fastmmoe_kernels.checks import FLOATS, check_choice, check_float, check_int, check_tensor
+from fastmmoe_kernels.checks import FLOATS, check_tensor
 from fastmmoe_kernels.library import register
+from fastmmoe_kernels.routing.options import RoutingOptions
 from fastmmoe_kernels.routing.reference import gate_routing_reference, topk_routing_reference
-
-SCORINGS = ("softmax", "sigmoid")
 
 
 class RoutingOutput(NamedTuple):
@@ -83,11 +82,12 @@ def topk_routing(
         RuntimeError: `backend="triton"` where Triton cannot run.
     """
     check_tensor("logits", logits, ("T", "E"), FLOATS)
-    arguments = _check_routing(
-        *logits.shape, logits.device, top_k, vision_mask, padding_mask, vision_top_k, scoring, norm_topk_prob,
-        correction_bias, n_group, topk_group, routed_scaling_factor, renormalize, return_probs,
+    options = RoutingOptions(
+        vision_mask, padding_mask, correction_bias, top_k, top_k if vision_top_k is None else vision_top_k, scoring,
+        norm_topk_prob, n_group, topk_group, routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip
-    ids, weights, probs = _topk_routing(logits, *arguments, resolve_backend(backend, logits))
+    options.check(*logits.shape, logits.device)
+    ids, weights, probs = _topk_routing(logits, *options, resolve_backend(backend, logits))
     return RoutingOutput(ids, weights, probs if return_probs else None)
 
 
@@ -124,163 +124,36 @@ def gate_routing(
     """
     check_tensor("hidden", hidden, ("T", "H"), FLOATS)
     check_tensor("weight", weight, ("E", hidden.shape[1]), (hidden.dtype,), hidden.device)
-    arguments = _check_routing(
-        hidden.shape[0], weight.shape[0], hidden.device, top_k, vision_mask, padding_mask, vision_top_k, scoring,
-        norm_topk_prob, correction_bias, n_group, topk_group, routed_scaling_factor, renormalize, return_probs,
+    options = RoutingOptions(
+        vision_mask, padding_mask, correction_bias, top_k, top_k if vision_top_k is None else vision_top_k, scoring,
+        norm_topk_prob, n_group, topk_group, routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip
-    logits, ids, weights, probs = _gate_routing(hidden, weight, *arguments, resolve_backend(backend, hidden))
+    options.check(hidden.shape[0], weight.shape[0], hidden.device)
+    logits, ids, weights, probs = _gate_routing(hidden, weight, *options, resolve_backend(backend, hidden))
     return GateOutput(logits, ids, weights, probs if return_probs else None)
 
 
-def _check_routing(
-    num_tokens: int,
-    num_experts: int,
-    device: torch.device,
-    top_k: int,
-    vision_mask: torch.Tensor | None,
-    padding_mask: torch.Tensor | None,
-    vision_top_k: int | None,
-    scoring: str,
-    norm_topk_prob: bool,
-    correction_bias: torch.Tensor | None,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    renormalize: bool,
-    return_probs: bool,
-) -> tuple:
-    """Check what both ops take; returns it as their custom ops take it, up to the backend."""
-    check_int("top_k", top_k, 1, num_experts)
-    for name, mask in (("vision_mask", vision_mask), ("padding_mask", padding_mask)):
-        if mask is not None:
-            check_tensor(name, mask, (num_tokens,), (torch.bool,), device)
-    if vision_top_k is not None:
-        check_int("vision_top_k", vision_top_k, 1, top_k)
-        if vision_mask is None and vision_top_k < top_k:
-            raise ValueError(f"vision_mask: expected a mask with vision_top_k={vision_top_k}, got None")
-    check_choice("scoring", scoring, SCORINGS)
-    if correction_bias is not None:
-        check_tensor("correction_bias", correction_bias, (num_experts,), FLOATS, device)
-    check_int("n_group", n_group, 1, num_experts)
-    if num_experts % n_group:
-        raise ValueError(f"n_group: expected a divisor of the {num_experts} experts, got {n_group}")
-    check_int("topk_group", topk_group, 1, n_group)
-    if topk_group * (num_experts // n_group) < top_k:
-        raise ValueError(
-            f"topk_group: {topk_group} groups of {num_experts // n_group} experts hold fewer than top_k={top_k}"
-        )
-    check_float("routed_scaling_factor", routed_scaling_factor, 0.0, float("inf"), low_open=True)
-    return (
-        vision_mask,
-        padding_mask,
-        correction_bias,
-        top_k,
-        top_k if vision_top_k is None else vision_top_k,
-        scoring,
-        norm_topk_prob,
-        n_group,
-        topk_group,
-        float(routed_scaling_factor),
-        renormalize,
-        return_probs,
-    )
+def _fake_topk(logits, options):
+    return _fake_outputs(logits, *logits.shape, options)
 
 
-def _run_topk(
-    logits: torch.Tensor,
-    vision_mask: torch.Tensor | None,
-    padding_mask: torch.Tensor | None,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    vision_top_k: int,
-    scoring: str,
-    norm_topk_prob: bool,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    renormalize: bool,
-    return_probs: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backend == "triton":
-        from fastmmoe_kernels.routing.kernel import topk_routing_triton as run
-    else:
-        run = topk_routing_reference
-    return run(
-        logits,
-        vision_mask,
-        padding_mask,
-        correction_bias,
-        top_k,
-        vision_top_k,
-        scoring,
-        norm_topk_prob,
-        n_group,
-        topk_group,
-        routed_scaling_factor,
-        renormalize,
-        return_probs,
-    )
-
-
-def _fake_topk(logits, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob,
-               n_group, topk_group, routed_scaling_factor, renormalize, return_probs, backend):  # fmt: skip
-    return _fake_outputs(logits, *logits.shape, top_k, return_probs)
-
-
-def _run_gate(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    vision_mask: torch.Tensor | None,
-    padding_mask: torch.Tensor | None,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    vision_top_k: int,
-    scoring: str,
-    norm_topk_prob: bool,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    renormalize: bool,
-    return_probs: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backend == "triton":
-        from fastmmoe_kernels.routing.kernel import gate_routing_triton as run
-    else:
-        run = gate_routing_reference
-    return run(
-        hidden,
-        weight,
-        vision_mask,
-        padding_mask,
-        correction_bias,
-        top_k,
-        vision_top_k,
-        scoring,
-        norm_topk_prob,
-        n_group,
-        topk_group,
-        routed_scaling_factor,
-        renormalize,
-        return_probs,
-    )
-
-
-def _fake_gate(hidden, weight, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob,
-               n_group, topk_group, routed_scaling_factor, renormalize, return_probs, backend):  # fmt: skip
+def _fake_gate(hidden, weight, options):
     num_tokens, num_experts = hidden.shape[0], weight.shape[0]
     logits = hidden.new_empty(num_tokens, num_experts, dtype=torch.float32)
-    return logits, *_fake_outputs(hidden, num_tokens, num_experts, top_k, return_probs)
+    return logits, *_fake_outputs(hidden, num_tokens, num_experts, options)
 
 
-def _fake_outputs(like, num_tokens, num_experts, top_k, return_probs):
+def _fake_outputs(like, num_tokens, num_experts, options):
     return (
-        like.new_empty(num_tokens, top_k, dtype=torch.int32),
-        like.new_empty(num_tokens, top_k, dtype=torch.float32),
-        like.new_empty((num_tokens, num_experts) if return_probs else 0, dtype=torch.float32),
+        like.new_empty(num_tokens, options.top_k, dtype=torch.int32),
+        like.new_empty(num_tokens, options.top_k, dtype=torch.float32),
+        like.new_empty((num_tokens, num_experts) if options.return_probs else 0, dtype=torch.float32),
     )
 
 
-_topk_routing = register("topk_routing", _run_topk, _fake_topk)
-_gate_routing = register("gate_routing", _run_gate, _fake_gate)
+_topk_routing = register(
+    "topk_routing", topk_routing_reference, "fastmmoe_kernels.routing.kernel:topk_routing_triton", _fake_topk
+)
+_gate_routing = register(
+    "gate_routing", gate_routing_reference, "fastmmoe_kernels.routing.kernel:gate_routing_triton", _fake_gate
+)

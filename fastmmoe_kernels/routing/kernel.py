@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastmmoe_kernels.grid import cdiv
+from fastmmoe_kernels.routing.options import RoutingOptions
 from fastmmoe_kernels.variant import KernelVariant
 
 
@@ -263,26 +264,12 @@ def gate_blocks(num_experts: int, top_k: int, n_group: int, has_bias: bool, item
 
 def topk_routing_triton(
     logits: torch.Tensor,  # [T, E]
-    vision_mask: torch.Tensor | None,  # [T]
-    padding_mask: torch.Tensor | None,  # [T]
-    correction_bias: torch.Tensor | None,  # [E]
-    top_k: int,
-    vision_top_k: int,
-    scoring: str,
-    norm_topk_prob: bool,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    renormalize: bool,
-    return_probs: bool,
+    options: RoutingOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_tokens, num_experts = logits.shape
-    outputs, arguments = _outputs_and_arguments(
-        logits, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob, n_group,
-        topk_group, routed_scaling_factor, renormalize, return_probs,
-    )  # fmt: skip
+    outputs, arguments = _outputs_and_arguments(logits, options)
     if num_tokens > 0:
-        blocks = routing_blocks(num_experts, top_k, n_group)
+        blocks = routing_blocks(num_experts, options.top_k, options.n_group)
         topk_routing_kernel[(cdiv(num_tokens, blocks["BLOCK_T"]),)](
             stride_token=logits.stride(0), stride_expert=logits.stride(1), **arguments, **blocks
         )
@@ -292,28 +279,15 @@ def topk_routing_triton(
 def gate_routing_triton(
     hidden: torch.Tensor,  # [T, H]
     weight: torch.Tensor,  # [E, H]
-    vision_mask: torch.Tensor | None,  # [T]
-    padding_mask: torch.Tensor | None,  # [T]
-    correction_bias: torch.Tensor | None,  # [E]
-    top_k: int,
-    vision_top_k: int,
-    scoring: str,
-    norm_topk_prob: bool,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    renormalize: bool,
-    return_probs: bool,
+    options: RoutingOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (num_tokens, width), num_experts = hidden.shape, weight.shape[0]
     logits = hidden.new_empty(num_tokens, num_experts, dtype=torch.float32)
-    outputs, arguments = _outputs_and_arguments(
-        logits, vision_mask, padding_mask, correction_bias, top_k, vision_top_k, scoring, norm_topk_prob, n_group,
-        topk_group, routed_scaling_factor, renormalize, return_probs,
-    )  # fmt: skip
+    outputs, arguments = _outputs_and_arguments(logits, options)
     if num_tokens > 0:
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        blocks = gate_blocks(num_experts, top_k, n_group, correction_bias is not None, hidden.itemsize)
+        has_bias = options.correction_bias is not None
+        blocks = gate_blocks(num_experts, options.top_k, options.n_group, has_bias, hidden.itemsize)
         gate_routing_kernel[(cdiv(num_tokens, blocks["BLOCK_T"]),)](
             hidden, weight.contiguous(), stride_token=hidden.stride(0), H=width, **arguments, **blocks
         )
@@ -322,45 +296,35 @@ def gate_routing_triton(
 
 def _outputs_and_arguments(
     logits: torch.Tensor,  # [T, E]
-    vision_mask: torch.Tensor | None,  # [T]
-    padding_mask: torch.Tensor | None,  # [T]
-    correction_bias: torch.Tensor | None,  # [E]
-    top_k: int,
-    vision_top_k: int,
-    scoring: str,
-    norm_topk_prob: bool,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    renormalize: bool,
-    return_probs: bool,
+    options: RoutingOptions,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict]:
     """Empty ids, weights and probs, and the arguments that both kernels take."""
     num_tokens, num_experts = logits.shape
-    ids = logits.new_empty(num_tokens, top_k, dtype=torch.int32)
-    weights = logits.new_empty(num_tokens, top_k, dtype=torch.float32)
-    probs = logits.new_empty((num_tokens, num_experts) if return_probs else 0, dtype=torch.float32)
+    vision_mask, padding_mask, bias = options.vision_mask, options.padding_mask, options.correction_bias
+    ids = logits.new_empty(num_tokens, options.top_k, dtype=torch.int32)
+    weights = logits.new_empty(num_tokens, options.top_k, dtype=torch.float32)
+    probs = logits.new_empty((num_tokens, num_experts) if options.return_probs else 0, dtype=torch.float32)
     arguments = {
         "logits_ptr": logits,
         "vision_ptr": vision_mask.contiguous() if vision_mask is not None else logits,
         "padding_ptr": padding_mask.contiguous() if padding_mask is not None else logits,
-        "bias_ptr": correction_bias.contiguous() if correction_bias is not None else logits,
+        "bias_ptr": bias.contiguous() if bias is not None else logits,
         "ids_ptr": ids,
         "weights_ptr": weights,
         "probs_ptr": probs,
         "num_tokens": num_tokens,
-        "scaling": routed_scaling_factor,
+        "scaling": options.routed_scaling_factor,
         "E": num_experts,
-        "K": top_k,
-        "K_VISION": vision_top_k if vision_mask is not None else top_k,
-        "SIGMOID": scoring == "sigmoid",
-        "NORMALIZE": norm_topk_prob,
-        "RENORMALIZE": renormalize,
+        "K": options.top_k,
+        "K_VISION": options.vision_top_k if vision_mask is not None else options.top_k,
+        "SIGMOID": options.scoring == "sigmoid",
+        "NORMALIZE": options.norm_topk_prob,
+        "RENORMALIZE": options.renormalize,
         "HAS_PADDING": padding_mask is not None,
-        "HAS_BIAS": correction_bias is not None,
-        "STORE_PROBS": return_probs,
-        "N_GROUP": n_group,
-        "TOPK_GROUP": topk_group,
+        "HAS_BIAS": bias is not None,
+        "STORE_PROBS": options.return_probs,
+        "N_GROUP": options.n_group,
+        "TOPK_GROUP": options.topk_group,
     }
     return (ids, weights, probs), arguments
 
