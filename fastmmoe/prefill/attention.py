@@ -55,7 +55,9 @@ class AttentionPatch(ConfigPatch):
         if not self.live or forward is None or forward.installation is not self.installation:
             return value
         stage = forward.stage
-        return value if stage is None or stage.seen is not None else CapturingName(value)
+        if stage is None or stage.seen is not None or not forward.plan.pruning.looks:
+            return value
+        return CapturingName(value)
 
 
 def register_capture(implementation: str) -> None:

@@ -9,7 +9,6 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from fastmmoe.prefill.attention import register_capture
 from fastmmoe.prefill.cache import CacheState, forget, state_of
 from fastmmoe.prefill.masks import CallerMask
 from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout
-from fastmmoe.prefill.patch import Patch, warn_of_copy
+from fastmmoe.prefill.patch import Patch
 from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.running import RUNNING, Call
 from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment
@@ -30,9 +29,11 @@ untraced = torch.compiler.disable(recursive=False)
 class _EntryPatch(Patch):
     """On a module through which a call of the model comes in."""
 
-    @cached_property
-    def _names(self) -> list[str]:
-        return [name for name in inspect.signature(type(self.module).forward).parameters if name != "self"]
+    __slots__ = ("_names",)
+
+    def put(self) -> None:
+        super().put()
+        self._names = [name for name in inspect.signature(type(self.module).forward).parameters if name != "self"]
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The module's arguments by name."""
@@ -47,20 +48,27 @@ class _EntryPatch(Patch):
             return
         plan = self.installation.plan
         call = Call(self.installation, plan, inputs.get("inputs_embeds") is not None)
-        self.installation.hold(plan)
+        if plan is not None:
+            # what it began with stays on until it ends, whoever switches meanwhile
+            self.installation.hold(plan)
         try:
             RUNNING.call = call
             yield call
         finally:
             RUNNING.call = outer
-            self.installation.release(plan)
+            if plan is not None:
+                self.installation.release(plan)
 
 
 class HeadPatch(_EntryPatch):
     """On the model with the language head."""
 
+    __slots__ = ()
+
     @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.live:
+            return self.stock(*args, **kwargs)
         inputs = self.inputs(args, kwargs)
         with self.call(inputs) as call:
             keep = inputs.get("logits_to_keep")
@@ -72,8 +80,12 @@ class HeadPatch(_EntryPatch):
 class ParentPatch(_EntryPatch):
     """On the multimodal model."""
 
+    __slots__ = ()
+
     @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.live:
+            return self.stock(*args, **kwargs)
         inputs = self.inputs(args, kwargs)
         installation = self.installation
         with self.call(inputs) as call:
@@ -83,7 +95,7 @@ class ParentPatch(_EntryPatch):
                 _warn_of_other_blocks()
             try:
                 output = self.stock(*args, **kwargs)
-                if call.vision is not None:
+                if call.vision is not None and call.plan is not None:
                     raise RuntimeError(
                         "fastmmoe: no effect: a forward with vision tokens did not call the text model's module"
                     )
@@ -95,11 +107,17 @@ class ParentPatch(_EntryPatch):
 class TextPatch(_EntryPatch):
     """On the text model."""
 
+    __slots__ = ()
+
     def copied(self) -> None:
-        warn_of_copy()
+        warnings.warn(
+            "fastmmoe: a copy of an enabled model is a stock model; call fastmmoe.enable on the copy", stacklevel=3
+        )
 
     @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.live:
+            return self.stock(*args, **kwargs)
         inputs = self.inputs(args, kwargs)
         with self.call(inputs) as call:
             vision, call.vision = call.vision, None

@@ -9,14 +9,15 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from weakref import WeakValueDictionary
 
 from torch import nn
 
-from fastmmoe.families import find_text_model
+from fastmmoe.families import Family, find_text_model
 from fastmmoe.prefill.attention import AttentionPatch
 from fastmmoe.prefill.entry import HeadPatch, ParentPatch, TextPatch
 from fastmmoe.prefill.layer import LayerPatch
-from fastmmoe.prefill.patch import FORWARDS, ConfigPatch, Patch, innermost
+from fastmmoe.prefill.patch import ConfigPatch, Patch, innermost, patches_on
 from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
 from fastmmoe.prefill.stage import MoEPatch, NormPatch
@@ -45,7 +46,7 @@ class Block:
         if installation is not None:
             if self.layout is None:
                 installation.count_block(-1)
-            installation.release(self.plan)
+                installation.release(self.plan)
             self.plan = self.layout = None
         _INNERMOST.set(_open(_INNERMOST.get()))
 
@@ -60,6 +61,11 @@ def _open(block: Block | None) -> Block | None:
     return block
 
 
+# by id of the text model, for as long as a patch, a block or a call refers to it: switching is never a second one
+_ALL: WeakValueDictionary[int, "Installation"] = WeakValueDictionary()
+_ALL_LOCK = threading.Lock()
+
+
 class Installation:
     """What is put on one model, by whom it is held, and what is in force.
 
@@ -70,13 +76,13 @@ class Installation:
         blocks_open: how many `enabled` blocks are open, in any thread.
     """
 
-    def __init__(self, model: nn.Module):
-        self.family, self.text, self.parent = find_text_model(model)
+    def __init__(self, family: Family, text: nn.Module, parent: nn.Module):
+        self.family, self.text, self.parent = family, text, parent
         self.layers = [innermost(layer) for layer in self.text.layers]
         self.own: Plan | None = None
         self.blocks_open = 0
         self._heads: dict[int, nn.Module] = {}
-        self._held: dict[Plan, int] = {}
+        self._held: dict[Plan | None, int] = {}
         self._patches: dict[tuple[type, int], Patch | ConfigPatch] = {}
         self._lock = threading.RLock()
 
@@ -108,13 +114,16 @@ class Installation:
 
     def set_plan(self, plan: Plan | None) -> None:
         """Put a plan, or the stock model, in force: in this thread's innermost `enabled` block, else for the model."""
-        self.hold(plan)
         block = self.block(lambda block: block.layout is None)
-        if block is None:
-            before, self.own = self.own, plan
-        else:
-            before, block.plan = block.plan, plan
-        self.release(before)
+        with self._lock:
+            if plan is not None or block is not None:
+                self.hold(plan)
+            if block is None:
+                before, self.own = self.own, plan
+            else:
+                before, block.plan = block.plan, plan
+            if before is not None or block is not None:
+                self.release(before)
 
     def open_block(self, plan: Plan) -> Block:
         """Enter a block with a plan."""
@@ -150,9 +159,7 @@ class Installation:
             self._update()
 
     def hold(self, plan: Plan | None) -> None:
-        """Keep the modules that a plan needs patched, until `release`."""
-        if plan is None:
-            return
+        """Keep the modules that a plan needs patched, until `release`: for the stock model, where calls come in."""
         with self._lock:
             self._held[plan] = self._held.get(plan, 0) + 1
             if self._held[plan] == 1:
@@ -160,8 +167,6 @@ class Installation:
 
     def release(self, plan: Plan | None) -> None:
         """Let go of a plan; what nobody needs any more comes off."""
-        if plan is None:
-            return
         with self._lock:
             self._held[plan] -= 1
             if not self._held[plan]:
@@ -178,13 +183,15 @@ class Installation:
                 self._patches[key] = key[0](self, module, number)
                 self._patches[key].put()
 
-    def _points(self, plan: Plan) -> Iterator[tuple[type, nn.Module, int | None]]:
+    def _points(self, plan: Plan | None) -> Iterator[tuple[type, nn.Module, int | None]]:
         """What a plan patches: with what, which module, in which layer."""
         family = self.family
         for head in self._heads.values():
             yield HeadPatch, head, None
         yield ParentPatch, self.parent, None
         yield TextPatch, self.text, None
+        if plan is None:
+            return
         for number, layer in enumerate(self.layers):
             if plan.stages and number >= plan.first_stage:
                 yield LayerPatch, layer, number
@@ -228,10 +235,8 @@ class Installation:
 def installation_of(model: nn.Module) -> Installation | None:
     """The installation on a model, found from any module above, at or below its text model; None without one."""
     for module in model.modules():
-        for name in FORWARDS:
-            patch = vars(module).get(name)
-            if isinstance(patch, Patch) and patch.live:
-                return patch.installation
+        for patch in patches_on(module):
+            return patch.installation
     return None
 
 
@@ -241,7 +246,13 @@ def installation_for(model: nn.Module) -> Installation:
     Raises:
         ValueError: no supported model.
     """
-    installation = installation_of(model) or Installation(model)
+    with _ALL_LOCK:
+        installation = installation_of(model)
+        if installation is None:
+            found = find_text_model(model)
+            installation = _ALL.get(id(found[1]))
+            if installation is None:
+                installation = _ALL[id(found[1])] = Installation(*found)
     installation.see(model)
     return installation
 

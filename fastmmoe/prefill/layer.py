@@ -11,6 +11,8 @@ from fastmmoe.prefill.stage import prune
 class LayerPatch(Patch):
     """Runs a decoder layer on the tokens that are left, and at a prune layer returns fewer than it got."""
 
+    __slots__ = ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = RUNNING.forward
         if forward is None or not self.live or forward.installation is not self.installation:

@@ -6,7 +6,7 @@ is still its own; where something else stands on top of it, it stays below and d
 
 import copy
 import inspect
-import warnings
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 # offloading wraps a forward and keeps what it wraps under the second name, to run it once the weights are there
 FORWARDS = ("forward", "_old_forward")
+REDUCE = "__reduce_ex__"
 
 
 class Patch:
-    """Runs in place of one module's forward. A copy of it is the module's own forward: copies of models are stock.
+    """Runs in place of one module's forward. Copies of the module, by deepcopy or pickle, do not have it.
 
     Attributes:
         module: whose forward it replaces.
@@ -30,12 +31,15 @@ class Patch:
         live: whether it is on; otherwise it only hands on.
     """
 
+    # no __dict__: functools.update_wrapper, which offloading calls on a forward, would copy it
+    __slots__ = ("installation", "module", "number", "live", "_before", "_reduce")
     part = "module"
 
     def __init__(self, installation: "Installation", module: nn.Module, number: int | None = None):
         self.installation, self.module, self.number = installation, module, number
         self.live = False
-        self._before: Any = None  # the instance's own forward, if it had one
+        self._before: Callable | None = None  # the instance's own forward, if it had one
+        self._reduce: Callable | None = None
 
     def put(self) -> None:
         """Put it on the module."""
@@ -44,19 +48,19 @@ class Patch:
         name = FORWARDS["_hf_hook" in attributes and "_old_forward" in attributes]
         self._before = attributes.get(name)
         attributes[name] = self
+        # copy and pickle ask the instance for it, before its class
+        self._reduce = attributes[REDUCE] = _StockReduce(self)
         self.live = True
 
     def take_off(self) -> None:
         """Take it off, unless something else stands in its place."""
         self.live = False
         attributes = vars(self.module)
-        for name in FORWARDS:
-            if attributes.get(name) is not self:
-                continue
-            if name == "forward" and self._before is None:
-                del attributes[name]
-            else:
-                attributes[name] = self._stock_forward(self.module)
+        attributes.update(self._without_it(attributes))
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+        if attributes.get(REDUCE) is self._reduce:
+            del attributes[REDUCE]
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes without this patch."""
@@ -80,25 +84,50 @@ class Patch:
     @property
     def __signature__(self) -> inspect.Signature:
         # transformers reads off a forward's signature which arguments a model takes
-        return inspect.signature(self._stock_forward(self.module))
+        return inspect.signature(self._stock_forward())
 
-    def _stock_forward(self, module: nn.Module) -> Any:
-        return MethodType(type(module).forward, module) if self._before is None else self._before
+    def _stock_forward(self) -> Callable:
+        return own_forward(self.module) if self._before is None else self._before
 
-    def __deepcopy__(self, memo: dict) -> Any:
-        self.copied()
-        if self._before is not None:
-            return copy.deepcopy(self._before, memo)
-        return self._stock_forward(copy.deepcopy(self.module, memo))
+    def _without_it(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """What stands in the places of this patch when it is gone, where something does."""
+        places = [name for name in FORWARDS if attributes.get(name) is self]
+        # what offloading has wrapped has to be there
+        return {name: self._stock_forward() for name in places if name != "forward" or self._before is not None}
 
-    def __reduce__(self) -> tuple:
-        self.copied()
-        if self._before is not None:
-            return _itself, (self._before,)
-        return MethodType, (type(self.module).forward, self.module)
+    def stock_attributes(self) -> dict[str, Any]:
+        """The module's attributes as they are without this patch."""
+        attributes = dict(vars(self.module))
+        attributes.update(self._without_it(attributes))
+        return {name: value for name, value in attributes.items() if value is not self and value is not self._reduce}
 
     def copied(self) -> None:
         """Called when a copy of the module is made."""
+
+    # of a reference to the patch itself that others keep
+
+    def __deepcopy__(self, memo: dict) -> Callable:
+        if self._before is not None:
+            return copy.deepcopy(self._before, memo)
+        return own_forward(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple:
+        return (own_forward, (self.module,)) if self._before is None else (_itself, (self._before,))
+
+
+class _StockReduce:
+    """Lets a patched module be copied, by deepcopy or pickle, as what it is without the patch."""
+
+    __slots__ = ("patch",)
+
+    def __init__(self, patch: Patch):
+        self.patch = patch
+
+    def __call__(self, protocol: int) -> tuple:
+        module = self.patch.module
+        self.patch.copied()
+        function, args, state, *others = type(module).__reduce_ex__(module, protocol)
+        return function, args, self.patch.stock_attributes() if isinstance(state, dict) else state, *others
 
 
 class ComputedConfig:
@@ -159,14 +188,22 @@ class ConfigPatch:
         raise NotImplementedError
 
 
+def patches_on(module: nn.Module) -> list[Patch | ConfigPatch]:
+    """The patches whose traces a module carries, and that are on."""
+    attributes = vars(module)
+    found = [attributes.get(name) for name in FORWARDS]
+    found += [getattr(attributes.get(REDUCE), "patch", None), attributes.get("config")]
+    found = [vars(trace)["_patch"] if isinstance(trace, ComputedConfig) else trace for trace in found]
+    return [patch for patch in found if isinstance(patch, (Patch, ConfigPatch)) and patch.live]
+
+
+def own_forward(module: nn.Module) -> Callable:
+    """A module's forward by its class."""
+    return MethodType(type(module).forward, module)
+
+
 def _itself(value: Any) -> Any:
     return value
-
-
-def warn_of_copy() -> None:
-    warnings.warn(
-        "fastmmoe: a copy of an enabled model is a stock model; call fastmmoe.enable on the copy", stacklevel=2
-    )
 
 
 def innermost(module: nn.Module) -> nn.Module:

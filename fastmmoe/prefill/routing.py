@@ -13,14 +13,30 @@ from fastmmoe.prefill.sequence import ForwardPass
 from fastmmoe_kernels import gate_routing, topk_routing
 
 
-class GatePatch(Patch):
+class _ReducingPatch(Patch):
+    """On a module of a layer whose vision tokens take fewer experts."""
+
+    __slots__ = ()
+
+    @property
+    def reducing_forward(self) -> ForwardPass | None:
+        """The forward under way, if it gives its vision tokens fewer experts here."""
+        forward = RUNNING.forward
+        if forward is None or not self.live or forward.installation is not self.installation or not forward.reduces:
+            return None
+        # another plan, which is not this forward's, may have put the patch here
+        return forward if self.number in forward.plan.reduced else None
+
+
+class GatePatch(_ReducingPatch):
     """Chooses experts: fewer for vision tokens, none for padding."""
 
+    __slots__ = ()
     part = "gate"
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        forward = RUNNING.forward
-        if forward is None or not self.live or forward.installation is not self.installation or not forward.reduces:
+        forward = self.reducing_forward
+        if forward is None:
             return self.stock(hidden, *args, **kwargs)
         family, config = self.installation.family, forward.plan.config
         vision, padding = forward.token_masks(hidden.device)
@@ -39,14 +55,15 @@ class GatePatch(Patch):
         return family.gate_output(logits, topk_routing(logits, **options))
 
 
-class ExpertsPatch(Patch):
+class ExpertsPatch(_ReducingPatch):
     """Runs the chosen experts, and none in the slots that were left empty."""
 
+    __slots__ = ()
     part = "experts"
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        forward = RUNNING.forward
-        if forward is None or not self.live or forward.installation is not self.installation or not forward.reduces:
+        forward = self.reducing_forward
+        if forward is None:
             return self.stock(hidden, ids, weights, **kwargs)
         forward.experts.append(self.number)
         return run_experts(self.module, hidden, ids, weights, forward.plan.config.backend)

@@ -20,18 +20,22 @@ from fastmmoe_kernels import PrunedBatch
 class _StagePatch(Patch):
     """On a module of a prune layer."""
 
+    __slots__ = ()
+
     @property
     def stage(self) -> Stage | None:
         """The stage that the forward under way runs here, if it has anything to prune."""
         forward = RUNNING.forward
         if forward is None or not self.live or forward.installation is not self.installation:
             return None
-        return forward.stage
+        # another plan, which is not this forward's, may have put the patch here
+        return None if forward.plan.config.prunes_behind_layer else forward.stage
 
 
 class NormPatch(_StagePatch):
     """Takes tokens away behind the norm in front of the MoE, whose input is the residual stream."""
 
+    __slots__ = ()
     part = "norm"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +51,7 @@ class NormPatch(_StagePatch):
 class MoEPatch(_StagePatch):
     """Adds what the MoE makes of the tokens that are left to their residual stream."""
 
+    __slots__ = ()
     part = "MoE"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
