@@ -25,9 +25,10 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for want, have in zip(shape, value.shape, strict=True)
-    )
+    fits = value.dim() == len(shape)
+    # a loop: a generator would take a microsecond longer
+    for want, have in zip(shape, value.shape, strict=False):
+        fits = fits and (isinstance(want, str) or have == want)
     if not fits:
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(value.shape)}")
     if value.dtype not in dtypes:
