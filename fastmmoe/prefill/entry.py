@@ -1,14 +1,12 @@
 """How a forward begins: the head tells who asks, the multimodal model which tokens are vision tokens; the text model
 makes of both, of the mask and of the cache what its layers work from.
 
-These three set and clear what the thread runs; torch.compile does not trace them, only what they call.
+These three set what the thread runs, and put it back at the end.
 """
 
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +21,12 @@ from fastmmoe.prefill.running import RUNNING, Call
 from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment
 from fastmmoe_kernels import VisionLayout
 
-untraced = torch.compiler.disable(recursive=False)
-
 
 class _EntryPatch(Patch):
-    """On a module through which a call of the model comes in."""
+    """On a module through which a call of the model comes in.
+
+    torch.compile does not trace it, nor `begin`, `finish` and `end`: only the module's own forward.
+    """
 
     __slots__ = ("_names",)
 
@@ -35,29 +34,52 @@ class _EntryPatch(Patch):
         super().put()
         self._names = [name for name in inspect.signature(type(self.module).forward).parameters if name != "self"]
 
-    def inputs(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The module's arguments by name."""
-        return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
-
-    @contextmanager
-    def call(self, inputs: dict[str, Any]) -> Iterator[Call]:
-        """The call under way, which begins and ends here if this is the outermost module that knows of it."""
-        outer = RUNNING.call
-        if outer is not None and outer.installation is self.installation:
-            yield outer
-            return
-        plan = self.installation.plan
-        call = Call(self.installation, plan, inputs.get("inputs_embeds") is not None)
-        if plan is not None:
-            # what it began with stays on until it ends, whoever switches meanwhile
-            self.installation.hold(plan)
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.live:
+            return self.stock(*args, **kwargs)
+        outer = RUNNING.call, RUNNING.forward
         try:
-            RUNNING.call = call
-            yield call
+            self.begin(dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs)
+            return self.finish(self.stock(*args, **kwargs))
         finally:
-            RUNNING.call = outer
+            self.end(*outer)
+
+    @torch.compiler.disable(recursive=False)
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        # a frame of its own for each of them, not one for all
+        if self._before is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self._before(*args, **kwargs)
+
+    @torch.compiler.disable
+    def begin(self, inputs: dict[str, Any]) -> None:
+        """Before the module's forward, which gets these arguments."""
+        call = RUNNING.call
+        if call is None or call.installation is not self.installation:
+            plan = self.installation.plan
+            call = Call(self.installation, plan, inputs.get("inputs_embeds") is not None)
             if plan is not None:
-                self.installation.release(plan)
+                # what it began with stays on until it ends, whoever switches meanwhile
+                self.installation.hold(plan)
+            RUNNING.call = call
+        self.enter(call, inputs)
+
+    def enter(self, call: Call, inputs: dict[str, Any]) -> None:
+        """What the call under way learns here."""
+        raise NotImplementedError
+
+    @torch.compiler.disable
+    def finish(self, output: Any) -> Any:
+        """After the module's forward."""
+        return output
+
+    @torch.compiler.disable
+    def end(self, call: Call | None, forward: ForwardPass | None) -> None:
+        """At the end, also in an error: the thread runs again what it ran before."""
+        here, RUNNING.call, RUNNING.forward = RUNNING.call, call, forward
+        if here is not call and here is not None and here.plan is not None:
+            self.installation.release(here.plan)
 
 
 class HeadPatch(_EntryPatch):
@@ -65,16 +87,10 @@ class HeadPatch(_EntryPatch):
 
     __slots__ = ()
 
-    @untraced
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.live:
-            return self.stock(*args, **kwargs)
-        inputs = self.inputs(args, kwargs)
-        with self.call(inputs) as call:
-            keep = inputs.get("logits_to_keep")
-            # the prompt's last token asks, not the candidates or answers behind it whose logits are wanted as well
-            call.back = keep - 1 if isinstance(keep, int) and keep > 1 else 0
-            return self.stock(*args, **kwargs)
+    def enter(self, call: Call, inputs: dict[str, Any]) -> None:
+        keep = inputs.get("logits_to_keep")
+        # the prompt's last token asks, not the candidates or answers behind it whose logits are wanted as well
+        call.back = keep - 1 if isinstance(keep, int) and keep > 1 else 0
 
 
 class ParentPatch(_EntryPatch):
@@ -82,26 +98,27 @@ class ParentPatch(_EntryPatch):
 
     __slots__ = ()
 
-    @untraced
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.live:
-            return self.stock(*args, **kwargs)
-        inputs = self.inputs(args, kwargs)
+    def enter(self, call: Call, inputs: dict[str, Any]) -> None:
         installation = self.installation
-        with self.call(inputs) as call:
-            if installation.layout is None:
-                call.vision = installation.family.vision_mask(self.module, inputs)
-            if call.vision is not None and installation.blocks_open and not installation.in_block:
-                _warn_of_other_blocks()
-            try:
-                output = self.stock(*args, **kwargs)
-                if call.vision is not None and call.plan is not None:
-                    raise RuntimeError(
-                        "fastmmoe: no effect: a forward with vision tokens did not call the text model's module"
-                    )
-            finally:
-                call.vision = None
-            return output
+        if installation.layout is None:
+            call.vision = installation.family.vision_mask(self.module, inputs)
+        if call.vision is not None and installation.blocks_open and not installation.in_block:
+            _warn_of_other_blocks()
+
+    @torch.compiler.disable
+    def finish(self, output: Any) -> Any:
+        call = RUNNING.call
+        if call.vision is not None and call.plan is not None:
+            raise RuntimeError(
+                "fastmmoe: no effect: a forward with vision tokens did not call the text model's module"
+            )
+        return output
+
+    @torch.compiler.disable
+    def end(self, call: Call | None, forward: ForwardPass | None) -> None:
+        if RUNNING.call is not None:
+            RUNNING.call.vision = None
+        super().end(call, forward)
 
 
 class TextPatch(_EntryPatch):
@@ -114,27 +131,15 @@ class TextPatch(_EntryPatch):
             "fastmmoe: a copy of an enabled model is a stock model; call fastmmoe.enable on the copy", stacklevel=3
         )
 
-    @untraced
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.live:
-            return self.stock(*args, **kwargs)
-        inputs = self.inputs(args, kwargs)
-        with self.call(inputs) as call:
-            vision, call.vision = call.vision, None
-            forward = self._begin(call, inputs, vision)
-            if forward is None:
-                return self.stock(*args, **kwargs)
-            outer = RUNNING.forward
-            try:
-                RUNNING.forward = forward
-                output = self.stock(*args, **kwargs)
-            finally:
-                RUNNING.forward = outer
-            return self._finish(forward, output)
+    def enter(self, call: Call, inputs: dict[str, Any]) -> None:
+        vision, call.vision = call.vision, None
+        RUNNING.forward = self._forward_pass(call, inputs, vision)
 
     # ---------------------------------------------------------------- what a forward is
 
-    def _begin(self, call: Call, inputs: dict[str, Any], vision: torch.Tensor | None) -> ForwardPass | None:
+    def _forward_pass(
+        self, call: Call, inputs: dict[str, Any], vision: torch.Tensor | None
+    ) -> ForwardPass | None:
         """What the layers work from; None: the stock model runs."""
         plan, cache, layout = call.plan, inputs.get("past_key_values"), self.installation.layout
         state = state_of(cache)
@@ -143,9 +148,9 @@ class TextPatch(_EntryPatch):
             return None
         self._check_inputs(inputs)
         if inputs.get("cu_seq_lens_q") is not None:
-            return self._begin_packed(plan, inputs, vision, layout)
+            return self._packed(plan, inputs, vision, layout)
         if layout is not None:
-            return self._begin_fixed(call, inputs, cache, state, layout)
+            return self._fixed(call, inputs, cache, state, layout)
         batch, n, device = _shape(inputs)
         past = _cached_tokens(cache, state, n)
         if past == 0 and state is not None:
@@ -164,7 +169,7 @@ class TextPatch(_EntryPatch):
                 valid = None if mask.valid is None else mask.valid.to(vision.device)
                 layout = VisionLayout.from_mask(vision, valid)
             if not _skips(plan, layout) and (any(layout.n_vision) or state is not None):
-                return self._begin_prefill(call, inputs, layout, cache, past, state, mask, packed)
+                return self._prefill(call, inputs, layout, cache, past, state, mask, packed)
         if state is None:
             return None
         valid = torch.ones(batch, n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
@@ -172,7 +177,7 @@ class TextPatch(_EntryPatch):
         segment = Segment(valid, n == 1 or mask.valid is None)
         return ForwardPass(self.installation, plan, self.module.config, [segment], cache, past, state, mask)
 
-    def _begin_packed(
+    def _packed(
         self, plan: Plan, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None
     ) -> ForwardPass | None:
         """A forward over one row of samples, see `fastmmoe.pack_batch`."""
@@ -187,9 +192,9 @@ class TextPatch(_EntryPatch):
             return None
         # of a row, the last logits are those of its last sample: no candidates
         call = Call(self.installation, plan, False)
-        return self._begin_prefill(call, inputs, layout, None, 0, None, CallerMask(None, None, None), packed=True)
+        return self._prefill(call, inputs, layout, None, 0, None, CallerMask(None, None, None), packed=True)
 
-    def _begin_fixed(
+    def _fixed(
         self, call: Call, inputs: dict[str, Any], cache: Any, state: CacheState | None, layout: VisionLayout
     ) -> ForwardPass | None:
         """A forward on an empty cache whose layout is known: nothing is read from the device."""
@@ -206,9 +211,9 @@ class TextPatch(_EntryPatch):
         if not any(layout.n_vision):
             return None
         mask = CallerMask.of(inputs.get("attention_mask"), 0, n, batch)
-        return self._begin_prefill(call, inputs, layout.to(device), cache, 0, None, mask)
+        return self._prefill(call, inputs, layout.to(device), cache, 0, None, mask)
 
-    def _begin_prefill(
+    def _prefill(
         self,
         call: Call,
         inputs: dict[str, Any],
@@ -242,8 +247,12 @@ class TextPatch(_EntryPatch):
 
     # ---------------------------------------------------------------- how it ends
 
-    def _finish(self, forward: ForwardPass, output: Any) -> Any:
+    @torch.compiler.disable
+    def finish(self, output: Any) -> Any:
         """Check that all has run, leave on the cache what later forwards must know, give the output its length."""
+        forward = RUNNING.forward
+        if forward is None:
+            return output
         plan = forward.plan
         if forward.has_vision:
             done = {
