@@ -93,15 +93,17 @@ def _sees(pairs: torch.Tensor, past: int, new: int) -> torch.Tensor:
 def _valid_tokens(sees: torch.Tensor, past: int) -> torch.Tensor:
     """bool [B or 1, n]: which tokens of a mask of pairs are no padding.
 
-    A padding token does not see itself, or sees nothing, or, where attention could not bear that, everything, also what
-    comes later; and no other token sees it.
+    A padding token sees nothing, or, where attention could not bear that, only itself, or everything, also what comes
+    later; or it does not see itself. And no other token sees it.
     """
     new = sees[..., past:]
     itself = new.diagonal(dim1=1, dim2=2)
     place = torch.arange(new.shape[1], device=new.device)
     everything = sees.all(-1) & (place < new.shape[1] - 1)
-    odd = ~itself | ~sees.any(-1) | everything
-    return ~odd | (new & ~odd.unsqueeze(-1)).any(1)
+    odd = ~itself | (sees.sum(-1) <= 1) | everything
+    valid = ~odd | (new & ~odd.unsqueeze(-1)).any(1)
+    # a token alone in its row
+    return torch.where(valid.any(1, keepdim=True), valid, itself)
 
 
 def cut_pairs(pairs: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, keys: int) -> torch.Tensor:
