@@ -39,9 +39,17 @@ def capturing_attention(
     """Look at query [B, Hq, n, D] and key [B, Hkv, kv, D], then run the model's own attention."""
     # from here on the config gives the real answer: flash attention reads `module.config._attn_implementation` again
     _look(RUNNING.forward, query, key, kwargs["scaling"])
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager_of(type(module)))
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager_of(kind: type) -> Any:
+    """The eager attention that stands beside an attention module's class, or beside the one it was made from."""
+    for base in kind.__mro__:
+        eager = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    return None
 
 
 class AttentionPatch(ConfigPatch):
