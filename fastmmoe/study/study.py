@@ -241,7 +241,7 @@ class Study:
         if part == "ablations":
             return [grids.dense(), *grids.ablation_grid(setting)]
         changes = choose(setting, read_parts(self.out, ["ablations"])["ablations"]["rows"])
-        return grids.chosen_grid(setting, "FastMMoE, chosen on dev", changes)
+        return grids.chosen_grid(setting, grids.CHOSEN, changes)
 
     def _fill(self, file: PartFile, part: str, evaluate_all: Evaluate) -> None:
         grid = self._grid(part)
