@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastmmoe.cli.compare import build_inputs
 from fastmmoe.families import find_text_model
+from fastmmoe.families.chat import build_inputs
 from fastmmoe.study.questions import Example
 from fastmmoe_kernels import VisionLayout
 
