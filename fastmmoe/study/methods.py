@@ -108,9 +108,9 @@ class Setting:
 
     @classmethod
     def of(cls, model: PreTrainedModel, n_vision: int | None) -> Setting:
-        adapter, text, _ = find_text_model(model)
-        moe = next(layer for layer in text.layers if adapter.is_moe(layer))
-        top_k = adapter.routing_options(adapter.gate_of(moe))["top_k"]
+        family, text, _ = find_text_model(model)
+        moe = next(layer for layer in text.layers if family.is_moe(layer))
+        top_k = family.routing_options(family.gate_of(moe))["top_k"]
         official = _official_layers(model, len(text.layers))
         preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
         return cls(len(text.layers), top_k, preset, n_vision)
