@@ -73,7 +73,8 @@ def evaluate_generated(
     """The same questions as `evaluate_packed`, one at a time through the processor and `generate`."""
     from PIL import Image
 
-    from fastmmoe.scenes.tokenizer import prompt, scene_processor
+    from fastmmoe.scenes.tokenizer import prompt
+    from quality.processor import scene_processor
 
     processor = scene_processor()
     records = []

@@ -33,12 +33,13 @@ from provenance import provenance
 
 from fastmmoe.scenes import TYPES, scene
 from fastmmoe.scenes.pictures import CELLS, COLOURS
-from fastmmoe.scenes.tokenizer import VOCABULARY, save_processor
+from fastmmoe.scenes.tokenizer import VOCABULARY
 from quality import dispatch, schedule
 from quality.batches import IGNORE, to_pixels, token_labels, training_batch
 from quality.evaluate import answer_logits, evaluate_packed, right_answers, summarise
 from quality.model import new_model
 from quality.muon import Muon
+from quality.processor import save_processor
 
 SCENES_PER_SEED = 100_000_000  # trainings from different seeds see different scenes
 SECOND_PHASE_SCENES = 10_000_000  # of a seed's scenes, those of the second phase start here

@@ -26,7 +26,8 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance, write_json
 
-from fastmmoe.methods import FastMMoEConfig, int_from, tuple_of
+from fastmmoe.config import checked, int_from, tuple_of
+from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.methods.fastmmoe import FastMMoEPruning
 from fastmmoe.methods.method import Pruning, StageInput, checked
 from fastmmoe.scenes.tokenizer import VISION_TOKENS

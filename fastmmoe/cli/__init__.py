@@ -1,4 +1,7 @@
-"""The `fastmmoe` command."""
+"""The `fastmmoe` command, a file per subcommand; `app.py` puts them together.
+
+Figures go to stdout, progress and errors to stderr; bad input exits with code 2.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,10 @@ import sys
 def main() -> None:
     """Run the command line; without typer and rich, say how to get them and exit with code 1."""
     try:
-        from fastmmoe.cli.commands import app
+        from fastmmoe.cli.app import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("typer", "rich"):
             raise
         sys.exit(f"fastmmoe: the command line needs {missing}: pip install 'fastmmoe[cli]'")
     app()
-
-
-if __name__ == "__main__":
-    main()

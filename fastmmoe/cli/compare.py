@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastmmoe
+from fastmmoe.families.chat import end_tokens
 from fastmmoe.methods import FastMMoEConfig
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedModel
 
     from fastmmoe.report import PrefillReport
@@ -42,19 +42,6 @@ class Comparison:
         }
 
 
-def build_inputs(model: PreTrainedModel, processor: Any, images: Sequence[Image], prompt: str) -> dict:
-    """The model's inputs for one user turn: the images, then the prompt, through the processor's chat template."""
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    return inputs.to(model.device, model.dtype)
-
-
 def compare(
     model: PreTrainedModel,
     processor: Any,
@@ -63,7 +50,7 @@ def compare(
     *,
     max_new_tokens: int = 32,
     runs: int = 5,
-    progress: Callable[[str], None] = lambda step: None,
+    step: Callable[[str], None] = lambda name: None,
 ) -> Comparison:
     """Answer greedily and time the prefill, with FastMMoE off and on.
 
@@ -71,17 +58,15 @@ def compare(
     answers warm both ways up, then the timed runs alternate, so that a change of clock or load meets both alike.
 
     Args:
-        inputs: of one sample, see `build_inputs`.
+        inputs: of one sample, see `fastmmoe.families.chat.build_inputs`.
         max_new_tokens: length of the answers.
         runs: timed prefills of each way; 0 times none.
-        progress: called with a few words before every step; there are `2 + runs` of them.
+        step: called with a few words before every step; there are `2 + runs` of them.
 
     Raises:
         ValueError, TypeError: a model or a config that FastMMoE does not support.
     """
-    # DeepSeek-VL2's official checkpoints do not say where generation ends
-    end = model.generation_config.eos_token_id
-    end = processor.tokenizer.eos_token_id if end is None else end
+    end = list(end_tokens(model, processor)) or None
 
     @torch.inference_mode()
     def answer() -> str:
@@ -96,15 +81,15 @@ def compare(
         _wait(model.device)
         return time.perf_counter() - start
 
-    progress("answering without FastMMoE")
+    step("answering without FastMMoE")
     dense_answer = answer()
-    progress("answering with FastMMoE")
+    step("answering with FastMMoE")
     with fastmmoe.enabled(model, config):
         fast_answer = answer()
         report = fastmmoe.report(model)
     dense, fast = [], []
     for run in range(runs):
-        progress(f"timing prefills, {run + 1} of {runs}")
+        step(f"timing prefills, {run + 1} of {runs}")
         dense.append(prefill())
         with fastmmoe.enabled(model, config):
             fast.append(prefill())

@@ -1,35 +1,87 @@
-"""The trained model of `fastmmoe.scenes` and a picture it has not seen, with questions and their answers."""
+"""`fastmmoe demo`: the package's own small model answers questions about a picture."""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Annotated
 
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+import typer
+from rich.markup import escape
+from rich.table import Table
 
-from fastmmoe.families.processors import load_processor
-from fastmmoe.methods import FastMMoEConfig
-from fastmmoe.scenes import CHECKPOINT, EXAMPLE, Question
+from fastmmoe.cli.compare import compare
+from fastmmoe.cli.console import console, print_json, progress, refusing
+from fastmmoe.cli.extras import need
+from fastmmoe.cli.options import Json, Retention, check_output, open_images
+from fastmmoe.cli.tables import stage_table, token_table
+from fastmmoe.cli.threads import one_thread
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-def demo_model() -> tuple[PreTrainedModel, Any]:
-    """The model, float32 on the CPU in evaluation mode, and its processor."""
-    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32").eval()
-    return model, load_processor(str(CHECKPOINT))
+EXAMPLE = "Example: fastmmoe demo --question 'how many digits ?' --retention 0.5 --output picture.png"
 
 
-def demo_example() -> tuple[Image, list[Question]]:
-    """A picture of the test split, 100 x 100, and a question of every type about it."""
-    from PIL import Image
+def demo(
+    image: Annotated[Path | None, typer.Option(help="Image file.", show_default="a picture of the test split")] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option("--question", help="Repeat for several.", show_default="one of every type the model knows"),
+    ] = None,
+    retention: Retention = 0.5,
+    output: Annotated[Path, typer.Option(help="Where to draw what became of each token.")] = Path("fastmmoe_demo.png"),
+    json: Json = False,
+) -> None:
+    """Ask a small trained MoE-MLLM about a picture, with FastMMoE off and on: no GPU, no download."""
+    need("demo", "PIL", "matplotlib")
+    from fastmmoe.cli.picture import draw_fate
+    from fastmmoe.families.chat import build_inputs
+    from fastmmoe.families.processors import tilings
+    from fastmmoe.scenes import exact_match
+    from fastmmoe.scenes.demo import demo_config, demo_example, demo_model
 
-    questions = [Question(**question) for question in json.loads((EXAMPLE / "questions.json").read_text())]
-    return Image.open(EXAMPLE / "picture.png").convert("RGB"), questions
-
-
-def demo_config(retention: float) -> FastMMoEConfig:
-    """Half the experts for vision tokens, and pruning at two layers of eight."""
-    prune = {} if retention == 1.0 else dict(prune_layers=(2, 4), retention=retention)
-    return FastMMoEConfig(vision_top_k=2, reduction_layer=2, **prune)
+    check_output(output)
+    picture, known = demo_example()
+    asked = questions or [question.text for question in known]
+    if image is not None:
+        # of a picture of the user's, the right answers are not known
+        (picture,), known = open_images([image]), []
+    answers = {question.text: question.answer for question in known}
+    with refusing(ValueError, TypeError):
+        config = demo_config(retention)
+    results = []
+    with one_thread():
+        model, processor = demo_model()
+        with progress("", total=2 * len(asked)) as step:
+            for question in asked:
+                inputs = build_inputs(model, processor, [picture], question)
+                result = compare(
+                    model, processor, inputs, config, max_new_tokens=8, runs=0, step=lambda _, q=question: step(q)
+                )
+                results.append(result)
+    report = results[-1].report
+    drawn = None
+    if report.stages:
+        drawn = str(output)
+        draw_fate(output, [picture], tilings(model.config, processor, [picture]), report)
+    if json:
+        rows = [
+            {"question": text, "right": answers.get(text), "dense": result.dense_answer, "fastmmoe": result.fast_answer}
+            for text, result in zip(asked, results, strict=True)
+        ]
+        print_json({"config": config.to_dict(), "answers": rows, "report": report.to_dict(), "picture": drawn})
+        return
+    table = Table("question", title=f"{report.n_vision[0]} vision tokens", caption="green: right")
+    for name in ("right answer", "FastMMoE off", "on"):
+        table.add_column(name)
+    for text, result in zip(asked, results, strict=True):
+        right = answers.get(text)
+        shown = [
+            f"[green]{escape(said)}[/]" if right is not None and exact_match(said, right) else escape(said)
+            for said in (result.dense_answer, result.fast_answer)
+        ]
+        table.add_row(escape(text), right or "", *shown)
+    console.print(table)
+    console.print(token_table(report))
+    if drawn:
+        console.print(stage_table(report))
+    console.print(f"language model FLOPs saved: {report.flops.saved:.1%}")
+    if drawn:
+        console.print(f"picture, for the last question: {escape(drawn)}", soft_wrap=True)

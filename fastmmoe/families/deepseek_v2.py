@@ -74,6 +74,7 @@ def load_deepseek_processor(checkpoint: str) -> Any:
 
 
 DEEPSEEK_VL2 = Family(
+    title="DeepSeek-VL2",
     parent_type="deepseek_vl_v2",
     text_type="deepseek_v2",
     vision_mask=_vision_mask,
@@ -103,6 +104,7 @@ DEEPSEEK_VL2 = Family(
         "deepseek-vl2-small": _DEEPSEEK_VL2_SMALL,
         "deepseek-vl2": _DEEPSEEK_VL2,
     },
+    checkpoint="deepseek-ai/deepseek-vl2-small",
     load_processor=load_deepseek_processor,
     port="fastmmoe.models.deepseek_vl2",
 )

@@ -40,6 +40,7 @@ class Family:
     """Where one family keeps the parts that a reduced prefill works on, its preset, its sizes and its pictures.
 
     Attributes:
+        title: what it is called in texts.
         parent_type, text_type: `config.model_type` of the multimodal model and of its text model.
         vision_mask: (the multimodal model, its forward's arguments by name) -> which tokens are vision tokens, bool
             [B, n] on any device, or None if the forward carries no vision features: see `placeholder_mask`.
@@ -47,14 +48,18 @@ class Family:
         gate_class: name of the gate's class, whose logits are its weight times its input.
         preset: the official settings.
         architectures: the language models by plain name.
+        checkpoint: hub id of a released one, for examples.
         load_processor: checkpoint -> its processor, where transformers' own loader asks for too much; or None.
         tilings: (processor, images) -> how the processor cuts each of them; None: not known.
         port: module that registers the model with transformers' Auto classes, where transformers lacks it; or "".
+        random_model: module with `random_config`, `random_model`, `random_processor` and `save_random_model`: a small
+            model with random weights that needs no download; or "".
         attention, norm, moe, gate, experts: attribute names; the norm's input is the residual stream at the MoE.
 
     A gate returns (logits, weights, ids).
     """
 
+    title: str
     parent_type: str
     text_type: str
     vision_mask: Callable[[nn.Module, dict[str, Any]], torch.Tensor | None]
@@ -62,14 +67,21 @@ class Family:
     gate_class: str
     preset: Preset
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
+    checkpoint: str = ""
     load_processor: Callable[[str], Any] | None = None
     tilings: Callable[[Any, Sequence[Any]], list[Tiling]] | None = None
     port: str = ""
+    random_model: str = ""
     attention: str = "self_attn"
     norm: str = "post_attention_layernorm"
     moe: str = "mlp"
     gate: str = "gate"
     experts: str = "experts"
+
+    @property
+    def name(self) -> str:
+        """Both model types, by which the registry tells families apart."""
+        return f"{self.parent_type}+{self.text_type}"
 
     def is_moe(self, layer: nn.Module) -> bool:
         """Whether a decoder layer holds routed experts (not a dense MLP)."""

@@ -11,7 +11,7 @@ def text_config_of(model_or_config: Any) -> Any:
 
 
 def plain_name(name: str) -> str:
-    """Reduce a hub name or path to a key: ".../InternVL3_5-30B-A3B-HF" is "internvl3.5-30b-a3b-hf"."""
+    """Reduce a hub name or path to a key: "Somebody/Model3_5-30B-HF" is "model3.5-30b-hf"."""
     name = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    # "3_5" and "3.5" are both in use; a model type (qwen3_moe) keeps its underscore
+    # "3_5" and "3.5" are both in use; a model type (model3_moe) keeps its underscore
     return re.sub(r"(?<=\d)_(?=\d)", ".", name)

@@ -58,6 +58,7 @@ def internvl_tilings(processor: Any, images: Sequence[Image]) -> list[Tiling]:
 
 
 INTERNVL_QWEN3_MOE = Family(
+    title="InternVL",
     parent_type="internvl",
     text_type="qwen3_moe",
     vision_mask=placeholder_mask(lambda config: (config.image_token_id,), ("pixel_values", "mm_encoder_outputs")),
@@ -80,6 +81,8 @@ INTERNVL_QWEN3_MOE = Family(
     ),
     # the same language model
     architectures={"internvl3.5-30b-a3b": _QWEN3_30B_A3B, "qwen3-vl-30b-a3b": _QWEN3_30B_A3B},
+    checkpoint="OpenGVLab/InternVL3_5-30B-A3B-HF",
     load_processor=load_internvl_processor,
     tilings=internvl_tilings,
+    random_model="fastmmoe.families.internvl_random",
 )

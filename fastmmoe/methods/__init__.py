@@ -1,7 +1,8 @@
-"""Ways to reduce a prefill, one per file: its config, and how it prunes.
+"""Ways to reduce a prefill, one per file: its config, how it prunes, and how the study compares it (`study_entries`).
 
-`METHODS` lists the configs that `fastmmoe.enable` takes. All but the first are written from other papers' definitions,
-to compare with, and combine with fewer experts per vision token (`vision_top_k`).
+`METHODS` lists the configs that `fastmmoe.enable` takes, in the order in which the study shows them. All but the first
+are written from other papers' definitions, to compare with, and combine with fewer experts per vision token
+(`vision_top_k`).
 """
 
 from fastmmoe.methods.fastmmoe import FastMMoEConfig
@@ -10,6 +11,6 @@ from fastmmoe.methods.random import RandomConfig
 from fastmmoe.methods.sparsevlm import SparseVLMConfig
 from fastmmoe.methods.uniform import UniformConfig
 
-METHODS = (FastMMoEConfig, FastVConfig, SparseVLMConfig, RandomConfig, UniformConfig)
+METHODS = (FastMMoEConfig, FastVConfig, SparseVLMConfig, UniformConfig, RandomConfig)
 
 __all__ = ["METHODS", *(config.__name__ for config in METHODS)]

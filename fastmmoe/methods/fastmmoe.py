@@ -2,19 +2,27 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastmmoe.config import CHECKS, StagedConfig, checked, choice, int_from, positive_share, share
 from fastmmoe.families import find_preset
+from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.method import AttentionCall, Pruning, StageInput, last_row
 from fastmmoe_kernels import PrunedBatch, prune_batch
 
 STRATEGIES = ("hybrid", "routing_similarity", "dynamic_attention")
 MERGE_METHODS = ("mlerp", "mean")
 KEEP_BY = ("importance", "redundancy")
+
+# in the study: changes to the preset, as the official scripts set it and our own
+STUDY_VARIANTS: dict[str, dict[str, Any]] = {
+    "FastMMoE": {},
+    "FastMMoE, keep by redundancy": {"keep_by": "redundancy", "alpha": 0.75},
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,7 @@ class FastMMoEConfig(StagedConfig):
         """The official scripts' settings for a model family, K_v = K / 2 experts per vision token included.
 
         Args:
-            model_or_name: a transformers model or config, a model type ("internvl"), or a name ("internvl3.5",
-                "OpenGVLab/InternVL3_5-30B-A3B-HF").
+            model_or_name: a transformers model or config, a model type, or the name of a released model (a hub id).
             retention: overall share of vision tokens kept, in (0, 1]; 1.0 prunes nothing.
             overrides: any other field of `FastMMoEConfig`, in place of the preset's value.
 
@@ -139,6 +146,21 @@ class FastMMoEConfig(StagedConfig):
         except ValueError as error:
             shown = ", ".join(f"{name}={text!r}" for name, text in given.items())
             raise ValueError(f"environment variables {shown}: {error}") from error
+
+    @classmethod
+    def study_entries(cls) -> tuple[Entry, ...]:
+        """The variants; the first one is what other methods are compared with."""
+        official, own = STUDY_VARIANTS
+        return (
+            Entry(official, "tab:blue", partial(study_configs, STUDY_VARIANTS[official]), is_reference=True),
+            Entry(own, "tab:red", partial(study_configs, STUDY_VARIANTS[own])),
+        )
+
+
+def study_configs(changes: Mapping[str, Any], place: Place) -> tuple[FastMMoEConfig, ...]:
+    """The family's preset with `changes` at a place, with all experts unless the place or a change says otherwise."""
+    where = {"vision_top_k": None, "prune_layers": place.layers, "retention": place.retention}
+    return (replace(place.preset, **(where | dict(place.experts) | dict(changes))),)
 
 
 class FastMMoEPruning(Pruning):

@@ -6,6 +6,7 @@ import torch
 
 from fastmmoe.config import checked, choice, int_from
 from fastmmoe.methods.attention_rows import attention_rows, last_positions
+from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.method import AttentionCall, BaselineConfig, Pruning, StageInput, keep_best, last_row
 from fastmmoe_kernels import PrunedBatch, VisionLayout
 
@@ -54,6 +55,17 @@ class FastVConfig(BaselineConfig):
                 f"{num_hidden_layers - 1}"
             )
         super().check_model(num_hidden_layers, num_experts_per_tok)
+
+    @classmethod
+    def study_entries(cls) -> tuple[Entry, ...]:
+        """One entry, with pruning behind the place's layer. By definition FastV prunes once: it has no stages."""
+
+        def configs(place: Place) -> tuple[FastVConfig, ...]:
+            if len(place.layers) > 1:
+                return ()
+            return (cls(layer=place.layers[0] + 1, retention=place.retention, **place.experts),)
+
+        return (Entry("FastV", "tab:orange", configs, is_reference=True),)
 
 
 class _FastVPruning(Pruning):

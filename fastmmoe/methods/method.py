@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fastmmoe.config import ReductionConfig
+from fastmmoe.methods.entry import Entry
 from fastmmoe_kernels import PrunedBatch, VisionLayout, last_query_attention, prune_batch
 
 
@@ -28,6 +29,11 @@ class BaselineConfig(ReductionConfig):
     reduction_layer: int = 2
     backend: str = "auto"
     min_vision_tokens: int = 0
+
+    @classmethod
+    def study_entries(cls) -> tuple[Entry, ...]:
+        """How the study compares the method with others."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

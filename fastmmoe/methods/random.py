@@ -7,7 +7,10 @@ import torch
 
 from fastmmoe.config import checked, int_from
 from fastmmoe.methods.blind import BlindConfig, at_vision_tokens
+from fastmmoe.methods.entry import Entry, Place
 from fastmmoe_kernels import VisionLayout
+
+STUDY_SEEDS = 8  # one draw would favour some places of every picture
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class RandomConfig(BlindConfig):
 
     def importance(self, stage: int, layout: VisionLayout) -> torch.Tensor:
         return random_importance(layout, self.seed, self.prune_layers[stage])
+
+    @classmethod
+    def study_entries(cls) -> tuple[Entry, ...]:
+        """One entry, with several draws in turn."""
+
+        def configs(place: Place) -> tuple[RandomConfig, ...]:
+            where = {"prune_layers": place.layers, "retention": place.retention, **place.experts}
+            return tuple(cls(seed=seed, **where) for seed in range(STUDY_SEEDS))
+
+        return (Entry("random", "0.7", configs),)
 
 
 def random_importance(layout: VisionLayout, seed: int, layer: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from fastmmoe.config import checked, int_from, number_from, optional, rising_layers, share, tuple_of
 from fastmmoe.methods.attention_rows import attention_rows, last_positions
+from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.method import AttentionCall, BaselineConfig, Pruning, StageInput
 from fastmmoe_kernels import PrunedBatch, VisionLayout, prune_plan
 
@@ -103,6 +104,37 @@ class SparseVLMConfig(BaselineConfig):
             )
         counts = self.counts_at(stage, n_vision)
         return counts.kept + counts.clusters
+
+    @classmethod
+    def study_entries(cls) -> tuple[Entry, ...]:
+        """One entry, with a schedule by which kept and recycled tokens together are as many as other methods keep."""
+
+        def configs(place: Place) -> tuple[SparseVLMConfig, ...]:
+            schedule = _study_schedule(len(place.layers), place.retention, place.n_vision)
+            return (cls(layers=place.layers, **schedule, **place.experts),)
+
+        return (Entry("SparseVLM", "tab:green", configs),)
+
+
+def _study_schedule(stages: int, retention: float, n_vision: int | None) -> dict[str, tuple]:
+    """`counts`, or `keep_ratios` where prompts differ, by which every stage leaves `retention ** (1 / stages)`."""
+    share = retention ** (1 / stages)
+    if n_vision is None:
+        # the clusters are 3 % of what is dropped
+        return {"keep_ratios": (max((share - 0.03) / 0.97, 0.01),) * stages}
+    counts, n = [], n_vision
+    for _ in range(stages):
+        target = max(1, int(n * share))
+        # the most that stay with their clusters within the target
+        fitting = (kept for kept in range(target, 0, -1) if _left_of(n, kept) <= target)
+        counts.append(next(fitting, 1))
+        n = _left_of(n, counts[-1])
+    return {"counts": tuple(counts)}
+
+
+def _left_of(n_vision: int, kept: int) -> int:
+    """Vision tokens behind a stage that keeps so many, recycled ones included."""
+    return SparseVLMConfig(layers=(0,), counts=(kept,)).vision_left(0, n_vision)
 
 
 class SparseCounts(NamedTuple):

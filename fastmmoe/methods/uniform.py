@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 
 from fastmmoe.methods.blind import BlindConfig, at_vision_tokens
+from fastmmoe.methods.entry import Entry, Place
 from fastmmoe_kernels import VisionLayout
 
 
@@ -19,6 +20,15 @@ class UniformConfig(BlindConfig):
 
     def importance(self, stage: int, layout: VisionLayout) -> torch.Tensor:
         return uniform_importance(layout, tuple(self.vision_left(stage, n) for n in layout.n_vision))
+
+    @classmethod
+    def study_entries(cls) -> tuple[Entry, ...]:
+        """One entry."""
+
+        def configs(place: Place) -> tuple[UniformConfig, ...]:
+            return (cls(prune_layers=place.layers, retention=place.retention, **place.experts),)
+
+        return (Entry("uniform", "0.5", configs, is_reference=True),)
 
 
 def uniform_importance(layout: VisionLayout, targets: tuple[int, ...]) -> torch.Tensor:

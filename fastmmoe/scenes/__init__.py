@@ -1,7 +1,7 @@
 """Pictures with known contents, questions about them, and a small trained model that answers those.
 
 `CHECKPOINT` is the model in Hugging Face format, trained by `bench/quality/train.py`; its processor is read by
-`fastmmoe.processors.load_processor`. `EXAMPLE` holds a picture of the test split, `picture.png`, and in
+`fastmmoe.families.processors.load_processor`. `EXAMPLE` holds a picture of the test split, `picture.png`, and in
 `questions.json` what may be asked about it: a list of objects with `type`, `text` and `answer`.
 """
 

@@ -9,8 +9,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 import fastmmoe
+from fastmmoe.families.chat import end_tokens
 from fastmmoe.methods import FastMMoEConfig
-from fastmmoe.study.answers import answer, end_tokens
+from fastmmoe.study.answers import answer
 from fastmmoe.study.methods import Method
 from fastmmoe.study.prompts import Batch
 from fastmmoe.study.questions import Example, matches

@@ -60,7 +60,7 @@ def answer(
         max_new_tokens: an answer's length at most.
         end: ids that end an answer.
     """
-    ends = torch.tensor(end, device=batch.embeddings.device)
+    ends = torch.tensor(end, dtype=torch.int64, device=batch.embeddings.device)
     mask, position = batch.attention_mask, batch.position_ids[:, -1:]
     said = []
     with reduced(model, config):
@@ -83,14 +83,6 @@ def answer(
                 use_cache=True,
             )
     return [_until(row, end) for row in torch.stack(said, 1).tolist()]
-
-
-def end_tokens(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
-    """The ids that end an answer: the generation config's, or the tokenizer's where it names none."""
-    end = model.generation_config.eos_token_id
-    # DeepSeek-VL2's official checkpoints do not say where generation ends
-    end = processor.tokenizer.eos_token_id if end is None else end
-    return tuple(end) if isinstance(end, (list, tuple)) else (end,)
 
 
 def _until(tokens: list[int], end: tuple[int, ...]) -> list[int]:

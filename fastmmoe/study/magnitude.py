@@ -20,7 +20,7 @@ def magnitude_stability(model: PreTrainedModel, batches: Iterable[Batch]) -> lis
     `stability`: `V_m = 1 - std / mean` of `|E_i(x)|` over the token's top-K experts, the population standard deviation,
     E_i(x) an expert's output before its routing weight; a prompt's mean over tokens, then the mean over prompts.
     """
-    adapter, _, _ = find_text_model(model)
+    family, _, _ = find_text_model(model)
     found = PerPrompt()
 
     def look(layer: int, experts: nn.Module, args: tuple, output: torch.Tensor, batch: Batch) -> None:
@@ -29,7 +29,7 @@ def magnitude_stability(model: PreTrainedModel, batches: Iterable[Batch]) -> lis
         for modality, mask in modality_masks(batch).items():
             found.add(layer, modality, "stability", torch.where(mask, stability, 0.0).sum(1), mask.sum(1))
 
-    observe(model, batches, adapter.experts_of, look)
+    observe(model, batches, family.experts_of, look)
     return found.rows()
 
 

@@ -1,12 +1,13 @@
 """What is compared: every way of pruning, where, how much, with all and with fewer experts.
 
-A new keyword of `FastMMoEConfig` enters the study as a row of `VARIANTS` or a factor of `FACTORS`.
+A method enters the study by its config's `study_entries`; a new keyword of `FastMMoEConfig` as a row of
+`STUDY_VARIANTS` beside it, or a factor of `FACTORS` here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
@@ -14,20 +15,16 @@ from transformers import PreTrainedModel
 
 from fastmmoe.config import ReductionConfig
 from fastmmoe.families import find_text_model
-from fastmmoe.methods import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.methods import METHODS, FastMMoEConfig
+from fastmmoe.methods.entry import Entry, Place
+from fastmmoe.methods.fastmmoe import STUDY_VARIANTS, study_configs
 
 RETENTIONS = (0.75, 0.5, 0.25)
-RANDOM_SEEDS = 8  # one draw of random pruning would favour some places of every picture
-
-# FastMMoE as the official scripts set it, and our own; beside the model family's preset
-VARIANTS: dict[str, dict[str, Any]] = {
-    "FastMMoE": {},
-    "FastMMoE, keep by redundancy": {"keep_by": "redundancy", "alpha": 0.75},
-}
+CHOSEN = "FastMMoE, chosen on dev"
 
 # ablations: one factor at a time away from a base, whose own setting stands among the values or not
 ABLATION_RETENTIONS = (0.25,)  # where methods differ
-ABLATION_BASES = VARIANTS
+ABLATION_BASES = STUDY_VARIANTS
 FACTORS: dict[str, tuple[dict[str, Any], ...]] = {
     "window": tuple({"window": window} for window in (1, 2, 3, 5, 10)),
     "alpha": tuple({"alpha": alpha} for alpha in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
@@ -111,9 +108,9 @@ class Setting:
 
     @classmethod
     def of(cls, model: PreTrainedModel, n_vision: int | None) -> Setting:
-        adapter, text, _ = find_text_model(model)
-        moe = next(layer for layer in text.layers if adapter.is_moe(layer))
-        top_k = adapter.routing_options(adapter.gate_of(moe))["top_k"]
+        family, text, _ = find_text_model(model)
+        moe = next(layer for layer in text.layers if family.is_moe(layer))
+        top_k = family.routing_options(family.gate_of(moe))["top_k"]
         official = _official_layers(model, len(text.layers))
         preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
         return cls(len(text.layers), top_k, preset, n_vision)
@@ -121,7 +118,7 @@ class Setting:
     @property
     def placements(self) -> dict[str, tuple[int, ...]]:
         """Where to prune: the official three stages, and one layer early, a quarter and half of the way up."""
-        # FastV's usual K = 2 prunes behind layer 1
+        # behind layer 1 is where methods with one stage usually prune
         single = {"early": 1, "quarter": max(2, self.layers // 4), "half": max(3, self.layers // 2)}
         found = {"stages": self.preset.prune_layers}
         return found | {name: (layer,) for name, layer in single.items() if layer < self.layers - 1}
@@ -131,6 +128,15 @@ class Setting:
         """All experts, and the preset's half of them from the preset's layer on."""
         preset = self.preset
         return {}, {"vision_top_k": preset.vision_top_k, "reduction_layer": preset.reduction_layer}
+
+    def place(self, placement: str, retention: float, experts: Mapping[str, Any]) -> Place:
+        """What a method is told of the layers of that name."""
+        return Place(self.placements[placement], retention, experts, self.n_vision, self.preset)
+
+
+def entries() -> list[Entry]:
+    """Those of all methods, in the order of the registry."""
+    return [entry for config in METHODS for entry in config.study_entries()]
 
 
 def dense() -> Method:
@@ -150,23 +156,11 @@ def main_grid(setting: Setting) -> list[Method]:
 
 
 def at(setting: Setting, placement: str, retention: float, experts: Mapping[str, Any]) -> Iterator[Method]:
-    """All methods at one placement, with equal retention behind its last layer.
-
-    FastV prunes once by definition: it has no place where there are several stages. SparseVLM's schedule is chosen so
-    that kept and recycled tokens together are as many as the others keep.
-    """
-    layers = setting.placements[placement]
-    for name, changes in VARIANTS.items():
-        yield fastmmoe_method(setting, name, placement, retention, experts, changes)
-    if len(layers) == 1:
-        config = FastVConfig(layer=layers[0] + 1, retention=retention, **experts)
-        yield Method("FastV", placement, retention, (config,))
-    schedule = _sparse_schedule(len(layers), retention, setting.n_vision)
-    yield Method("SparseVLM", placement, retention, (SparseVLMConfig(layers=layers, **schedule, **experts),))
-    blind = {"prune_layers": layers, "retention": retention, **experts}
-    yield Method("uniform", placement, retention, (UniformConfig(**blind),))
-    seeds = range(RANDOM_SEEDS)
-    yield Method("random", placement, retention, tuple(RandomConfig(seed=seed, **blind) for seed in seeds))
+    """All methods that have a place at one placement, with equal retention behind its last layer."""
+    place = setting.place(placement, retention, experts)
+    for entry in entries():
+        if configs := entry.configs(place):
+            yield Method(entry.name, placement, retention, configs)
 
 
 def fastmmoe_method(
@@ -179,9 +173,8 @@ def fastmmoe_method(
     factor: str = "",
 ) -> Method:
     """FastMMoE by the family's preset with `changes`, all experts unless `experts` says otherwise."""
-    fixed = {"vision_top_k": None, "prune_layers": setting.placements[placement], "retention": retention}
-    config = replace(setting.preset, **(fixed | dict(experts) | dict(changes)))
-    return Method(name, placement, retention, (config,), factor)
+    configs = study_configs(changes, setting.place(placement, retention, experts))
+    return Method(name, placement, retention, configs, factor)
 
 
 def heatmap_grid(setting: Setting) -> list[Method]:
@@ -241,23 +234,3 @@ def _heatmap_layers(depth: int) -> tuple[int, ...]:
     """At most twelve layers, evenly from the first on."""
     step = -(-depth // 12)
     return tuple(range(0, depth, step))
-
-
-def _sparse_schedule(stages: int, retention: float, n_vision: int | None) -> dict[str, tuple]:
-    """SparseVLM's counts, or ratios where prompts differ: kept and recycled tokens together as many as FastMMoE's."""
-    share = retention ** (1 / stages)
-    if n_vision is None:
-        # the clusters are 3 % of what is dropped
-        return {"keep_ratios": (max((share - 0.03) / 0.97, 0.01),) * stages}
-    counts, n = [], n_vision
-    for _ in range(stages):
-        target = max(1, int(n * share))
-        # the most that stay with their clusters within the target
-        fitting = (kept for kept in range(target, 0, -1) if _sparse_left(kept, n) <= target)
-        counts.append(next(fitting, 1))
-        n = _sparse_left(counts[-1], n)
-    return {"counts": tuple(counts)}
-
-
-def _sparse_left(kept: int, n_vision: int) -> int:
-    return SparseVLMConfig(layers=(0,), counts=(kept,)).vision_left(0, n_vision)

@@ -62,8 +62,8 @@ def observe(
     Args:
         part: decoder layer -> the module to look at.
     """
-    adapter, text, _ = find_text_model(model)
-    layers = {number: part(layer) for number, layer in enumerate(text.layers) if adapter.is_moe(layer)}
+    family, text, _ = find_text_model(model)
+    layers = {number: part(layer) for number, layer in enumerate(text.layers) if family.is_moe(layer)}
     for batch in batches:
         batch = batch.to(model.device)
         with _hooked(layers, look, batch):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmmoe.study.methods import FACTORS
+from fastmmoe.study.methods import CHOSEN, FACTORS, entries
 from fastmmoe.study.results import read_parts
 from fastmmoe.study.study import PARTS
 
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 DPI = 150
-COLOURS = {
-    "FastMMoE": "tab:blue", "FastMMoE, keep by redundancy": "tab:red", "FastMMoE, chosen on dev": "tab:purple",
-    "FastV": "tab:orange", "SparseVLM": "tab:green", "uniform": "0.5", "random": "0.7",
-}  # fmt: skip
+COLOURS = {entry.name: entry.colour for entry in entries()} | {CHOSEN: "tab:purple"}
 MODALITIES = {"vision": "tab:blue", "text": "tab:orange"}
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastmmoe.cli.compare import build_inputs
 from fastmmoe.families import find_text_model
+from fastmmoe.families.chat import build_inputs
 from fastmmoe.study.questions import Example
 from fastmmoe_kernels import VisionLayout
 
@@ -75,12 +75,12 @@ def encode(model: PreTrainedModel, processor: Any, examples: Iterable[Example]) 
     Raises:
         ValueError: a model that FastMMoE does not support, or a processor that makes no vision tokens.
     """
-    adapter, text, parent = find_text_model(model)
+    family, text, parent = find_text_model(model)
     features: dict[Path, torch.Tensor] = {}  # picture -> [its vision tokens, H]
     prompts = []
     for example in examples:
         inputs = build_inputs(model, processor, [example.open_image()], example.question)
-        vision = adapter.vision_mask(parent, inputs)
+        vision = family.vision_mask(parent, inputs)
         if vision is None or not vision.any():
             raise ValueError(f"processor: {type(processor).__name__} made no vision tokens of a picture")
         known = features.get(example.image) if isinstance(example.image, Path) else None

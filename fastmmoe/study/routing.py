@@ -21,18 +21,18 @@ def routing_similarity(model: PreTrainedModel, batches: Iterable[Batch]) -> list
     `any pair`: of any two tokens of one modality, the control: what a random pair has in expectation;
     `entropy`: of a token's probabilities over the experts (scores that do not sum to 1 are normalised), in nats.
     """
-    adapter, _, _ = find_text_model(model)
+    family, _, _ = find_text_model(model)
     found = PerPrompt()
 
     def look(layer: int, gate: nn.Module, args: tuple, output: tuple, batch: Batch) -> None:
-        scoring = adapter.routing_options(gate)["scoring"]
+        scoring = family.routing_options(gate)["scoring"]
         logits = output[0].float().view(*batch.position_ids.shape, -1)
         probs = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
         for modality, mask in modality_masks(batch).items():
             for quantity, (values, counts) in summarise(probs, mask).items():
                 found.add(layer, modality, quantity, values, counts)
 
-    observe(model, batches, adapter.gate_of, look)
+    observe(model, batches, family.gate_of, look)
     return found.rows()
 
 

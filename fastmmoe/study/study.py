@@ -162,11 +162,11 @@ class Session:
 
     def describe_model(self) -> dict[str, Any]:
         """What tells the model from another; its gates' digest stands for all weights."""
-        adapter, text, _ = find_text_model(self.model)
+        family, text, _ = find_text_model(self.model)
         digest = hashlib.sha256()
         for layer in text.layers:
-            if adapter.is_moe(layer):
-                weight = next(adapter.gate_of(layer).parameters())
+            if family.is_moe(layer):
+                weight = next(family.gate_of(layer).parameters())
                 digest.update(weight.detach().float().cpu().numpy().tobytes())
         return {
             # another machine's folders say nothing
@@ -241,7 +241,7 @@ class Study:
         if part == "ablations":
             return [grids.dense(), *grids.ablation_grid(setting)]
         changes = choose(setting, read_parts(self.out, ["ablations"])["ablations"]["rows"])
-        return grids.chosen_grid(setting, "FastMMoE, chosen on dev", changes)
+        return grids.chosen_grid(setting, grids.CHOSEN, changes)
 
     def _fill(self, file: PartFile, part: str, evaluate_all: Evaluate) -> None:
         grid = self._grid(part)

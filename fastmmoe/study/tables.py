@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fastmmoe.study.accuracy import answers_of, paired_difference
-from fastmmoe.study.methods import key_of
+from fastmmoe.study.methods import entries, key_of
 from fastmmoe.study.results import read_parts, write_csv
 from fastmmoe.study.study import PARTS
 
 Row = Mapping[str, Any]
-REFERENCES = ("FastMMoE", "FastV", "uniform")
+REFERENCES = tuple(entry.name for entry in entries() if entry.is_reference)
 
 
 def write_tables(out: Path) -> list[Path]:

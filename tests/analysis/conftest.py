@@ -3,9 +3,10 @@
 import pytest
 import torch
 from model.tiny import spread
+from quality.processor import scene_processor
 from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, Qwen3MoeConfig
 
-from fastmmoe.scenes.tokenizer import VISION_TOKENS, VOCABULARY, scene_processor
+from fastmmoe.scenes.tokenizer import VISION_TOKENS, VOCABULARY
 from fastmmoe.study.study import Settings
 
 

@@ -8,10 +8,10 @@ import torch
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
-from fastmmoe.cli.compare import build_inputs
+from fastmmoe.families.chat import build_inputs, end_tokens
 from fastmmoe.methods import FastVConfig
 from fastmmoe.study.accuracy import binomial_error, by_type, evaluate, paired_difference
-from fastmmoe.study.answers import answer, end_tokens
+from fastmmoe.study.answers import answer
 from fastmmoe.study.methods import Method
 from fastmmoe.study.questions import Example
 from fastmmoe.study.study import session_of

@@ -1,14 +1,20 @@
 """The grid: methods prune alike where they are compared, and fit models of any depth."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from model.tiny import tiny_internvl
+from transformers import AutoModelForImageTextToText
 
 import fastmmoe
-from fastmmoe.methods import FastMMoEConfig, FastVConfig, SparseVLMConfig
+from fastmmoe.methods import FastMMoEConfig
+from fastmmoe.scenes import CHECKPOINT
 from fastmmoe.study import methods
 from fastmmoe.study.methods import Setting
+
+RESULTS = Path(__file__).parents[2] / "bench/results/quality"
 
 
 def setting_of_depth(layers):
@@ -60,8 +66,26 @@ def test_methods_keep_nearly_equally_many_of_any_number(setting):
 
 def test_baselines_prune_behind_the_layer_that_fastmmoe_prunes_in(setting):
     for method in methods.main_grid(setting):
-        if isinstance(method.config, (FastVConfig, SparseVLMConfig)):
+        if method.placement and method.config.prunes_behind_layer:
             assert method.config.prune_layers == setting.placements[method.placement]
+
+
+def test_the_grids_are_those_of_the_results():
+    """Names, order, configs: what is measured once can be resumed and compared."""
+    setting = Setting.of(AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32"), 100)
+    grids = {
+        "methods": methods.main_grid(setting),
+        "heatmap": [methods.dense(), *methods.heatmap_grid(setting)],
+        "ablations": [methods.dense(), *methods.ablation_grid(setting)],
+        "timing": methods.main_grid(setting),
+    }
+    for part, grid in grids.items():
+        rows = json.loads((RESULTS / f"{part}.json").read_text())["rows"]
+        measured = {row["method"] for row in rows}
+        grid = [method for method in grid if method.name in measured]  # a newer method may not be
+        assert [method.key for method in grid] == [methods.key_of(row) for row in rows]
+        for method, row in zip(grid, rows, strict=True):
+            assert json.loads(json.dumps(method.describe())).items() <= row.items()
 
 
 def test_grids_hold_each_method_once(setting):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastmmoe.cli.commands import app
+from fastmmoe.cli.app import app
 from fastmmoe.study import methods, tables
 from fastmmoe.study.plots import draw_plots
 from fastmmoe.study.results import read_parts
@@ -24,7 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(methods, "ABLATION_RETENTIONS", (0.25,))
     factors = {"alpha": ({"alpha": 0.0}, {"alpha": 1.0})}
     monkeypatch.setattr(methods, "FACTORS", factors)
-    monkeypatch.setattr("fastmmoe.analysis.plots.FACTORS", factors)
+    monkeypatch.setattr("fastmmoe.study.plots.FACTORS", factors)
 
 
 def invoke(*arguments):

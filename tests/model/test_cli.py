@@ -11,8 +11,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from fastmmoe.cli.commands import app
-from fastmmoe.cli.random_model import PROMPT, cat_photograph, random_model, save_random_model
+from fastmmoe.cli.app import app
+from fastmmoe.cli.bench import PROMPT, cat_photograph
+from fastmmoe.families.internvl_random import random_model, save_random_model
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
 
 from .golden import golden
@@ -202,7 +203,7 @@ def test_run_on_deepseek_vl2(deepseek, tmp_path):
     counted = json.loads(succeed("flops", deepseek, "--text", 14, "--vision", 34, "--json"))
     assert counted["dense"] == report["flops"]["dense"]
     result = invoke("run", "--model", deepseek, *options, "--output", tmp_path / "fate.png")
-    assert result.exit_code == 2 and "expected InternVL's" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and "only that of internvl" in result.stderr.splitlines()[-1]
 
 
 def test_flops_of_deepseek_vl2_by_name():

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmmoe.cli.compare import build_inputs
+from fastmmoe.cli.bench import cat_photograph
 from fastmmoe.cli.picture import draw_fate
-from fastmmoe.cli.random_model import cat_photograph, random_model, random_processor
 from fastmmoe.families import Tiling
+from fastmmoe.families.chat import build_inputs
+from fastmmoe.families.internvl_random import random_model, random_processor
 from fastmmoe.families.qwen3_moe import internvl_tilings
 
 KEPT, MERGED, DROPPED, GONE = range(4)

@@ -7,8 +7,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
-from fastmmoe.cli.compare import build_inputs
-from fastmmoe.cli.random_model import PROMPT, cat_photograph, random_model, random_processor, save_random_model
+from fastmmoe.cli.bench import PROMPT, cat_photograph
+from fastmmoe.families.chat import build_inputs
+from fastmmoe.families.internvl_random import random_model, random_processor, save_random_model
 from fastmmoe.families.processors import load_processor
 
 TOKENS = 256  # per tile: 448 / 14 patches a side, 2 x 2 of them joined

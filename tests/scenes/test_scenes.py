@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quality.processor import scene_processor
 
 from fastmmoe.scenes import SPLITS, TYPES, ask, exact_match, generator, questions, scene
 from fastmmoe.scenes.pictures import CELL, COLOURS, DIGIT_SAMPLES, GLYPH, PHOTOGRAPHS, SHAPES, SIZE, _samples
@@ -12,7 +13,6 @@ from fastmmoe.scenes.tokenizer import (
     VISION_TOKENS,
     VOCABULARY,
     prompt,
-    scene_processor,
     scene_tokenizer,
 )
 

@@ -1,6 +1,6 @@
-"""A small model and a photograph that need neither a GPU nor a download.
+"""A small InternVL that needs neither a GPU nor a download.
 
-The model has InternVL3.5's architecture (InternVL vision tower, pixel shuffle, Qwen3-MoE text model) and random
+It has InternVL3.5's architecture (InternVL vision tower, pixel shuffle, Qwen3-MoE text model) and random
 weights, so its answers mean nothing; its shapes, its tiling and its number of vision tokens per tile (256) are the
 real ones. The processor is transformers' own, with a byte-level tokenizer built here.
 """
@@ -25,8 +25,6 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from fastmmoe.families.internvl_processor import InternVLProcessor
 
-PROMPT = "Describe this photograph in one sentence."
-
 TILE = 448  # pixels
 PATCH = 14  # pixels
 TILE_TOKENS = (TILE // PATCH // 2) ** 2  # pixel shuffle joins 2 x 2 patches
@@ -42,17 +40,6 @@ CHAT_TEMPLATE = """\
 {% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-
-
-def cat_photograph():
-    """A 451 x 300 photograph of a cat as a `PIL.Image`: InternVL cuts it into 3 x 2 tiles and a thumbnail.
-
-    It comes inside scikit-image's wheel (`skimage.data.chelsea`, CC0, by Stefan van der Walt).
-    """
-    from PIL import Image
-    from skimage import data
-
-    return Image.fromarray(data.chelsea())
 
 
 def random_processor() -> InternVLProcessor:

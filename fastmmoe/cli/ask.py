@@ -1,0 +1,68 @@
+"""What `run` and `bench` share: ask a model about pictures with FastMMoE off and on, and show what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+import fastmmoe
+from fastmmoe.cli.compare import Comparison, compare
+from fastmmoe.cli.console import console, print_json, progress, refusing
+from fastmmoe.cli.tables import cost_table, stage_table, token_table
+from fastmmoe.families.chat import build_inputs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel
+
+    from fastmmoe.methods import FastMMoEConfig
+
+
+def ask(
+    model: PreTrainedModel,
+    processor: Any,
+    images: Sequence[Image],
+    prompt: str,
+    config: FastMMoEConfig,
+    max_new_tokens: int,
+    output: Path | None,
+) -> Comparison:
+    """Refuse everything that can be refused, ask both ways, and draw the picture if one is wanted."""
+    with refusing(ValueError, TypeError):
+        # an unsupported model or a layer it does not have, before any work is done
+        with fastmmoe.enabled(model, config):
+            pass
+        if output:
+            from fastmmoe.cli.picture import draw_fate
+            from fastmmoe.families import processors
+
+            tilings = processors.tilings(model.config, processor, images)
+    inputs = build_inputs(model, processor, images, prompt)
+    runs = 5 if model.device.type == "cuda" else 3
+    with progress("", total=2 + runs) as step:
+        result = compare(model, processor, inputs, config, max_new_tokens=max_new_tokens, runs=runs, step=step)
+    if output and result.report.stages:
+        draw_fate(output, images, tilings, result.report)
+    return result
+
+
+def show(model: str, result: Comparison, output: Path | None, json: bool) -> None:
+    """Print a comparison; `output` is where a picture was wanted."""
+    report = result.report
+    drawn = str(output) if output and report.stages else None
+    if json:
+        print_json({"model": model, **result.to_dict(), "picture": drawn})
+        return
+    console.print(cost_table(result))
+    console.print(token_table(report))
+    if report.stages:
+        console.print(stage_table(report))
+    console.print("[bold]off:[/]", escape(result.dense_answer), soft_wrap=True)
+    console.print("[bold]on: [/]", escape(result.fast_answer), soft_wrap=True)
+    if drawn:
+        console.print(f"picture: {escape(drawn)}", soft_wrap=True)
+    elif output:
+        console.print("no picture: no layer pruned vision tokens")

@@ -1,0 +1,63 @@
+"""`fastmmoe bench`: prefill times of a random model on this CPU."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import fastmmoe
+from fastmmoe.cli.ask import ask, show
+from fastmmoe.cli.console import console, progress, refusing
+from fastmmoe.cli.extras import need
+from fastmmoe.cli.options import IMAGES, Json, NewTokens, Retention, check_output, open_images
+from fastmmoe.cli.threads import one_thread
+from fastmmoe.families import FAMILIES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXAMPLE = "Example: fastmmoe bench --retention 0.5 --output picture.png"
+PROMPT = "Describe this photograph in one sentence."
+
+
+def bench(
+    images: Annotated[list[Path] | None, IMAGES] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question.", show_default="a fixed one")] = None,
+    retention: Retention = 0.5,
+    output: Annotated[Path | None, typer.Option(help="PNG to draw what became of each token.")] = None,
+    max_new_tokens: NewTokens = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the model's random weights.")] = 0,
+    json: Json = False,
+) -> None:
+    """Time a prefill of 1,792 vision tokens on this CPU, with FastMMoE off and on: a random model, no download."""
+    need("demo", "PIL", *(("matplotlib",) if output else ()), *(() if images else ("skimage",)))
+    # of the first family that has a small one
+    small = importlib.import_module(next(family.random_model for family in FAMILIES if family.random_model))
+
+    if output:
+        check_output(output)
+    pictures = open_images(images) if images else [cat_photograph()]
+    with refusing(ValueError, TypeError):
+        config = fastmmoe.FastMMoEConfig.preset(small.random_config(), retention=retention)
+    with one_thread():
+        with progress("building the model"):
+            model, processor = small.random_model(seed), small.random_processor()
+        result = ask(model, processor, pictures, prompt or PROMPT, config, max_new_tokens, output)
+    show("random model", result, output, json)
+    if not json:
+        note = "The weights are random: the answers are babble, only their cost means something. One CPU thread."
+        console.print(note, soft_wrap=True)
+
+
+def cat_photograph() -> Image:
+    """A 451 x 300 photograph of a cat: 3 x 2 tiles and a thumbnail of the random model's.
+
+    It comes inside scikit-image's wheel (`skimage.data.chelsea`, CC0, by Stefan van der Walt).
+    """
+    from PIL import Image
+    from skimage import data
+
+    return Image.fromarray(data.chelsea())

@@ -1,0 +1,125 @@
+"""What this machine offers to FastMMoE, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_flex_attn_available
+
+import fastmmoe
+from fastmmoe.cli.extras import EXTRAS, missing_of
+from fastmmoe.families import FAMILIES
+from fastmmoe_kernels.backend import resolve_backend
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table.
+
+    Attributes:
+        group: "software", "device", "attention", "backend" or "extras".
+        name: what was looked for.
+        found: what there is, in words.
+        ok: False if FastMMoE does less, or is slower, without it.
+        advice: how to get it; empty when there is nothing to do.
+    """
+
+    group: str
+    name: str
+    found: str
+    ok: bool = True
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at this machine; touches no device beyond asking what it is."""
+    return [*_software(), *_device(), *_attention(), _backend(), *_extras()]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _software() -> list[Finding]:
+    # torchvision must match torch's build, and a port's processor never asks for it
+    without = dict.fromkeys(family.title for family in FAMILIES if family.load_processor and not family.port)
+    advice = f"{', '.join(without)} {'does' if len(without) == 1 else 'do'} without; for other families' processors: "
+    torchvision = _version("torchvision")
+    return [
+        Finding("software", "fastmmoe", fastmmoe.__version__),
+        Finding("software", "Python", platform.python_version()),
+        Finding("software", "torch", torch.__version__),
+        Finding("software", "transformers", _version("transformers") or "not installed"),
+        Finding(
+            "software",
+            "torchvision",
+            torchvision or "not installed",
+            advice="" if torchvision else f"{advice}https://pytorch.org/get-started",
+        ),
+    ]
+
+
+def _device() -> list[Finding]:
+    cores = os.cpu_count()
+    findings = [Finding("device", "CPU", f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads")]
+    if not torch.cuda.is_available():
+        built_for = torch.version.cuda or torch.version.hip
+        advice = (
+            f"torch is built for {built_for} but sees no GPU: check the driver (nvidia-smi, rocm-smi)"
+            if built_for
+            else "this torch is a CPU build: with a GPU, install a CUDA or ROCm build (https://pytorch.org/get-started)"
+        )
+        return [*findings, Finding("device", "GPU", "none", ok=False, advice=advice)]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        gib = device.total_memory / 2**30
+        found = f"{device.name}, compute capability {device.major}.{device.minor}, {gib:.0f} GiB"
+        findings.append(Finding("device", f"GPU {index}", found))
+    return findings
+
+
+def _attention() -> list[Finding]:
+    flash = [n for n, there in (("2", is_flash_attn_2_available()), ("3", is_flash_attn_3_available())) if there]
+    return [
+        Finding("attention", "sdpa", "available"),
+        Finding("attention", "eager", "available"),
+        Finding(
+            "attention",
+            "flash-attn",
+            f"available (version {', '.join(flash)})" if flash else "not available",
+            advice="" if flash else "optional, needs a GPU: pip install flash-attn --no-build-isolation",
+        ),
+        Finding("attention", "flex", "available" if is_torch_flex_attn_available() else "not available"),
+    ]
+
+
+def _backend() -> Finding:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = resolve_backend("auto", torch.empty(0, device=device))
+    if backend == "triton" or device.type == "cpu":
+        return Finding("backend", "auto", f"{backend}, on {device.type}")
+    advice = "the GPU kernels need Triton: pip install 'fastmmoe[triton]'"
+    return Finding("backend", "auto", f"{backend}, on {device.type}", ok=False, advice=advice)
+
+
+def _extras() -> list[Finding]:
+    findings = []
+    for extra, modules in EXTRAS.items():
+        missing = missing_of(modules)
+        findings.append(
+            Finding(
+                "extras",
+                extra,
+                f"missing {', '.join(missing)}" if missing else "installed",
+                ok=not missing,
+                advice=f"pip install 'fastmmoe[{extra}]'" if missing else "",
+            )
+        )
+    return findings

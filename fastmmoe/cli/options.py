@@ -1,0 +1,73 @@
+"""The options that several commands share, and what their values stand for: whatever stands for nothing is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import typer
+
+from fastmmoe.cli.console import fail, refusing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGES = typer.Option("--image", help="Image file; repeat for several images.")
+Retention = Annotated[float, typer.Option(help="Share of the vision tokens left after the last prune layer.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+
+
+def vision_top_k_option(default: str):
+    """`--vision-top-k`; `default` says what a command takes without it."""
+    return typer.Option(help="Experts per vision token.", show_default=default)
+
+
+def prune_layers_option(default: str):
+    """`--prune-layers`, for `read_layers`; `default` says what a command takes without it."""
+    return typer.Option("--prune-layers", help="Layers that prune, such as 5,8,12.", show_default=default)
+
+
+def read_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layers with commas between; None: not given."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(layer) for layer in text.split(",") if layer.strip())
+    except ValueError:
+        fail(f"--prune-layers {text}: expected layer numbers such as 5,8,12")
+
+
+def read_device(name: str) -> torch.device:
+    """The device of that name, which this machine has; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with refusing(RuntimeError):
+        device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
+    return device
+
+
+def check_output(output: Path) -> None:
+    """Check that a picture can be written there."""
+    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+        fail(f"--output {output}: expected a .png file in a directory that exists")
+
+
+def open_images(paths: Sequence[Path]) -> list[Image]:
+    """The pictures, RGB and upright."""
+    from PIL import Image, ImageOps
+
+    images = []
+    for path in paths:
+        try:
+            images.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        except OSError as error:  # also Pillow's own for what is no image
+            reason = error.strerror or "not an image that Pillow can read"
+            fail(f"--image {path}: {reason}")
+    return images

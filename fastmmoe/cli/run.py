@@ -1,0 +1,85 @@
+"""`fastmmoe run`: a question to a checkpoint of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fastmmoe
+from fastmmoe.cli.ask import ask, show
+from fastmmoe.cli.console import fail, progress, refusing
+from fastmmoe.cli.extras import need
+from fastmmoe.cli.options import (
+    IMAGES,
+    Device,
+    Dtype,
+    Json,
+    NewTokens,
+    Retention,
+    check_output,
+    open_images,
+    prune_layers_option,
+    read_device,
+    read_layers,
+    vision_top_k_option,
+)
+from fastmmoe.families import FAMILIES
+
+EXAMPLE = f"Example: fastmmoe run --model {FAMILIES[0].checkpoint} --image a.jpg --prompt 'What is it?'"
+DRAWN = ", ".join(dict.fromkeys(family.title for family in FAMILIES if family.tilings))
+
+
+def run(
+    model: Annotated[str, typer.Option(help="Checkpoint directory or hub id.")],
+    images: Annotated[list[Path], IMAGES],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    retention: Retention = 0.5,
+    vision_top_k: Annotated[int | None, vision_top_k_option("half of the model's")] = None,
+    prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of routing similarity in [0, 1].", show_default="the preset's")
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="hybrid, routing_similarity or dynamic_attention.", show_default="the preset's"),
+    ] = None,
+    keep_by: Annotated[
+        str | None, typer.Option(help="importance (the paper's) or redundancy (ours).", show_default="importance")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: NewTokens = 128,
+    output: Annotated[Path | None, typer.Option(help=f"PNG to draw what became of each token ({DRAWN}).")] = None,
+    json: Json = False,
+) -> None:
+    """Ask a checkpoint about images, with FastMMoE off and on, and compare answers, FLOPs and prefill times."""
+    need("demo", "PIL", *(("matplotlib",) if output else ()))
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from fastmmoe.families.processors import load_processor
+
+    if output:
+        check_output(output)
+    pictures = open_images(images)
+    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        fail(f"--model {model}: no such directory")
+    given = {
+        "vision_top_k": vision_top_k,
+        "prune_layers": read_layers(prune_layers),
+        "alpha": alpha,
+        "strategy": strategy,
+        "keep_by": keep_by,
+    }
+    overrides = {name: value for name, value in given.items() if value is not None}
+    target = read_device(device)
+    with refusing(OSError, ValueError, TypeError):
+        # before the weights are loaded, which may take minutes
+        described = AutoConfig.from_pretrained(model)
+        config = fastmmoe.FastMMoEConfig.preset(described, retention=retention, **overrides)
+    with refusing(OSError, ValueError, ImportError), progress("loading the model"):
+        processor = load_processor(model)
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(target).eval()
+    result = ask(loaded, processor, pictures, prompt, config, max_new_tokens, output)
+    show(model, result, output, json)
