@@ -44,8 +44,6 @@ ROOMS = (
 )
 # rooms whose modules name one another's types: there, only imports that run may not go in circles
 CIRCULAR_TYPES = ("fastmmoe.prefill",)
-# modules whose docstrings still give names as examples
-NAMING = ("fastmmoe.cost.flops",)
 
 
 def read_modules() -> dict[str, str]:
@@ -212,9 +210,7 @@ def strangers(modules: Mapping[str, str]) -> list[str]:
 
 
 def test_names_stay_in_their_files():
-    assert strangers({module: source for module, source in MODULES.items() if module not in NAMING}) == []
-    for module in NAMING:
-        assert strangers({module: MODULES[module]}), f"{module} names nobody any more: take it out of NAMING"
+    assert strangers(MODULES) == []
 
 
 def test_words_are_those_of_the_registries():

@@ -65,12 +65,12 @@ def flops(
 
     Args:
         text_config: a transformers config (a composite one's text config is taken) or model, an `Architecture`, or
-            the name of one in `ARCHITECTURES` ("internvl3.5-30b-a3b", "OpenGVLab/InternVL3_5-30B-A3B-HF").
+            the name of one in `ARCHITECTURES`, or a hub id that begins with one.
         n_text: text tokens of one sample, or of every sample of a batch.
         n_vision: vision tokens, likewise.
         config: what is reduced: a `FastMMoEConfig` or a baseline's.
         vision_left: per prune layer, the vision tokens of each sample behind it, as they were measured; None counts
-            them from `config`, which SparseVLM's rank-adaptive counts do not allow.
+            them from `config`, which counts that depend on the data do not allow.
 
     Raises:
         TypeError, ValueError: an unknown name or architecture, token counts that are no counts, do not pair up or

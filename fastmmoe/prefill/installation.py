@@ -15,12 +15,13 @@ from torch import nn
 
 from fastmmoe.families import Family, find_text_model
 from fastmmoe.prefill.attention import AttentionPatch
-from fastmmoe.prefill.entry import HeadPatch, ParentPatch, TextPatch
+from fastmmoe.prefill.entry import HeadPatch, ParentPatch
 from fastmmoe.prefill.layer import LayerPatch
 from fastmmoe.prefill.patch import ConfigPatch, Patch, innermost, patches_on
 from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
 from fastmmoe.prefill.stage import MoEPatch, NormPatch
+from fastmmoe.prefill.text import TextPatch
 from fastmmoe_kernels import VisionLayout
 
 

@@ -1,0 +1,250 @@
+"""What a forward of the text model is: which tokens it has, on which mask and cache, and what it leaves behind."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+
+from fastmmoe.prefill.attention import register_capture
+from fastmmoe.prefill.cache import CacheState, forget, state_of
+from fastmmoe.prefill.entry import EntryPatch
+from fastmmoe.prefill.masks import CallerMask
+from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout
+from fastmmoe.prefill.plan import Plan
+from fastmmoe.prefill.running import RUNNING, Call
+from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment
+from fastmmoe_kernels import VisionLayout
+
+
+class TextPatch(EntryPatch):
+    """On the text model."""
+
+    __slots__ = ()
+
+    def copied(self) -> None:
+        warnings.warn(
+            "fastmmoe: a copy of an enabled model is a stock model; call fastmmoe.enable on the copy", stacklevel=3
+        )
+
+    def enter(self, call: Call, inputs: dict[str, Any]) -> None:
+        vision, call.vision = call.vision, None
+        RUNNING.forward = self._forward_pass(call, inputs, vision)
+
+    # ---------------------------------------------------------------- what a forward is
+
+    def _forward_pass(
+        self, call: Call, inputs: dict[str, Any], vision: torch.Tensor | None
+    ) -> ForwardPass | None:
+        """What the layers work from; None: the stock model runs."""
+        plan, cache, layout = call.plan, inputs.get("past_key_values"), self.installation.layout
+        state = state_of(cache)
+        if plan is None or (vision is None and layout is None and state is None):
+            self._warn_of_embeddings(call, inputs)
+            return None
+        self._check_inputs(inputs)
+        if inputs.get("cu_seq_lens_q") is not None:
+            return self._packed(plan, inputs, vision, layout)
+        if layout is not None:
+            return self._fixed(call, inputs, cache, state, layout)
+        batch, n, device = _shape(inputs)
+        past = _cached_tokens(cache, state, n)
+        if past == 0 and state is not None:
+            forget(cache)
+            state = None
+        if state is not None:
+            self._check_state(plan, state, batch)
+            if past < state.length:
+                state.crop_to(past)
+        mask = CallerMask.of(inputs.get("attention_mask"), past, n, batch)
+        if vision is not None:
+            packed = False
+            if mask.pairs is not None and plan.stages:
+                layout, mask, packed = read_masked_layout(vision, mask, past)
+            else:
+                valid = None if mask.valid is None else mask.valid.to(vision.device)
+                layout = VisionLayout.from_mask(vision, valid)
+            if not _skips(plan, layout) and (any(layout.n_vision) or state is not None):
+                return self._prefill(call, inputs, layout, cache, past, state, mask, packed)
+        if state is None:
+            return None
+        valid = torch.ones(batch, n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
+        # one token per sample is a decode step; it would not be decoded if it were padding
+        segment = Segment(valid, n == 1 or mask.valid is None)
+        return ForwardPass(self.installation, plan, self.module.config, [segment], cache, past, state, mask)
+
+    def _packed(
+        self, plan: Plan, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None
+    ) -> ForwardPass | None:
+        """A forward over one row of samples, see `fastmmoe.pack_batch`."""
+        if layout is not None:
+            raise ValueError("cu_seq_lens_q: packed batches are not supported within fixed_layout")
+        if inputs.get("past_key_values") is not None or inputs.get("use_cache") is not False:
+            raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")
+        if inputs.get("attention_mask") is not None:
+            raise ValueError("attention_mask: expected None with cu_seq_lens_q, got one")
+        layout = read_packed_layout(vision, inputs["cu_seq_lens_q"])
+        if not any(layout.n_vision) or _skips(plan, layout):
+            return None
+        # of a row, the last logits are those of its last sample: no candidates
+        call = Call(self.installation, plan, False)
+        return self._prefill(call, inputs, layout, None, 0, None, CallerMask(None, None, None), packed=True)
+
+    def _fixed(
+        self, call: Call, inputs: dict[str, Any], cache: Any, state: CacheState | None, layout: VisionLayout
+    ) -> ForwardPass | None:
+        """A forward on an empty cache whose layout is known: nothing is read from the device."""
+        batch, n, device = _shape(inputs)
+        if (batch, n) != (layout.batch_size, layout.width):
+            raise ValueError(
+                f"layout: expected forwards with {layout.batch_size} samples of {layout.width} tokens within "
+                f"fixed_layout, got {batch} of {n}"
+            )
+        if state is not None:
+            raise ValueError("past_key_values: expected an empty cache within fixed_layout, got one of a prefill")
+        if not layout.is_full and inputs.get("attention_mask") is None:
+            raise ValueError("attention_mask: expected one for a layout with padding, got None")
+        if not any(layout.n_vision):
+            return None
+        mask = CallerMask.of(inputs.get("attention_mask"), 0, n, batch)
+        return self._prefill(call, inputs, layout.to(device), cache, 0, None, mask)
+
+    def _prefill(
+        self,
+        call: Call,
+        inputs: dict[str, Any],
+        layout: VisionLayout,
+        cache: Any,
+        past: int,
+        state: CacheState | None,
+        mask: CallerMask,
+        packed: bool = False,
+    ) -> ForwardPass:
+        """A forward with vision tokens."""
+        plan = call.plan
+        self.installation.check(plan)
+        if plan.stages:
+            _check_prompt_ends(layout)
+            register_capture(self.module.config._attn_implementation)
+        back = call.back if call.back < min(layout.tails) and not packed else 0
+        segment = Segment.from_layout(layout, packed)
+        forward = ForwardPass(
+            self.installation, plan, self.module.config, [segment], cache, past, state, mask, back
+        )
+
+        def embeddings() -> torch.Tensor:
+            row = inputs.get("inputs_embeds")
+            row = self.module.get_input_embeddings()(inputs["input_ids"]) if row is None else row
+            return segment.packing.pad(row) if packed else row
+
+        if plan.stages:
+            forward.prompt = plan.pruning.read_prompt(embeddings, layout, back)
+        return forward
+
+    # ---------------------------------------------------------------- how it ends
+
+    @torch.compiler.disable
+    def finish(self, output: Any) -> Any:
+        """Check that all has run, leave on the cache what later forwards must know, give the output its length."""
+        forward = RUNNING.forward
+        if forward is None:
+            return output
+        plan = forward.plan
+        if forward.has_vision:
+            done = {
+                "prune layers": (len(forward.segments) - 1, len(plan.stages)),
+                "gates": (len(set(forward.gates)), len(plan.reduced)),
+                "experts": (len(set(forward.experts)), len(plan.reduced)),
+            }
+            if any(ran != wanted for ran, wanted in done.values()):
+                what = ", ".join(f"{ran} of {wanted} {kind}" for kind, (ran, wanted) in done.items())
+                raise RuntimeError(NO_EFFECT.format(what))
+            # the report needs no RoPE tables, and they are large; a stage that prunes nothing leaves the same segment
+            kept = {id(segment): dataclasses.replace(segment, rope=None) for segment in forward.segments}
+            plan.last, plan.skipped = [kept[id(segment)] for segment in forward.segments], False
+        forward.remember()
+        if not forward.has_vision or forward.segments[-1].index is None:
+            return output
+        short = output[0]
+        return _replaced(output, short, forward.restore_length(short))
+
+    # ---------------------------------------------------------------- what is refused
+
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse a forward that FastMMoE cannot take part in."""
+        if self.module.training:
+            raise RuntimeError(
+                "model: expected evaluation mode, got training mode; fastmmoe.disable(model) to train it"
+            )
+        if inputs.get("output_router_logits") or getattr(self.module.config, "output_router_logits", False):
+            raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
+
+    def _check_state(self, plan: Plan, state: CacheState, batch: int) -> None:
+        """Refuse a pruned cache that this forward cannot go on from."""
+        if state.packed:
+            raise RuntimeError("past_key_values: holds several samples packed in one row; nothing is decoded from it")
+        there, here = (state.prune_layers, state.prunes_behind_layer), plan.config
+        if there != (here.prune_layers, here.prunes_behind_layer):
+            raise RuntimeError(
+                f"past_key_values: holds vision tokens that were pruned at layers {state.prune_layers}, and the config "
+                f"now enabled prunes at {here.prune_layers or 'none'}; enable it as it was, or start from a fresh cache"
+            )
+        if state.batch_size != batch:
+            raise RuntimeError(
+                f"past_key_values: holds pruned vision tokens of {state.batch_size} samples, got a batch of {batch}"
+            )
+
+    def _warn_of_embeddings(self, call: Call, inputs: dict[str, Any]) -> None:
+        """Say that a prompt of embeddings runs on the stock model: nothing tells which of them are vision tokens."""
+        if call.plan is None or not call.by_embeddings or _shape(inputs)[1] == 1:
+            return
+        if call.plan.stages or call.plan.reduced:
+            warnings.warn(
+                "fastmmoe: a forward with inputs_embeds and no vision features runs on the stock model: it is not "
+                "known which of its tokens are vision tokens; say it with fastmmoe.fixed_layout(model, layout)",
+                stacklevel=4,
+            )
+
+
+def _skips(plan: Plan, layout: VisionLayout) -> bool:
+    """Whether a forward has too few vision tokens to gain anything; the report is told."""
+    if not 0 < sum(layout.n_vision) < plan.config.min_vision_tokens:
+        return False
+    plan.last, plan.skipped = [Segment.from_layout(layout)], True
+    return True
+
+
+def _check_prompt_ends(layout: VisionLayout) -> None:
+    """A sample's last token asks for the others and answers: it must not be pruned itself."""
+    for sample, (n_vision, tail) in enumerate(zip(layout.n_vision, layout.tails, strict=True)):
+        if n_vision and not tail:
+            raise ValueError(f"input_ids: sample {sample} ends in a vision token, expected text at the end")
+
+
+def _shape(inputs: dict[str, Any]) -> tuple[int, int, torch.device]:
+    """(samples, tokens per sample, device) of a text model's forward."""
+    embeds = inputs.get("inputs_embeds")
+    tokens = inputs["input_ids"] if embeds is None else embeds
+    return tokens.shape[0], tokens.shape[1], tokens.device
+
+
+def _cached_tokens(cache: Any, state: CacheState | None, new: int) -> int:
+    """Tokens of the full sequence in the cache; layer 0 always holds all of them."""
+    if cache is None:
+        return 0
+    length = cache.get_seq_length()
+    # a static cache counts on the device: do not wait for it in every decode step
+    if isinstance(length, torch.Tensor) and state is not None and new == 1:
+        return state.seen
+    return int(length)
+
+
+def _replaced(output: Any, short: torch.Tensor, full: torch.Tensor) -> Any:
+    """A model's output with one tensor in place of another, wherever it stands."""
+    if output is short:
+        return full
+    if isinstance(output, dict):
+        for name, value in output.items():
+            output[name] = _replaced(value, short, full)
+        return output
+    return tuple(_replaced(value, short, full) for value in output) if isinstance(output, tuple) else output
