@@ -29,7 +29,7 @@ from provenance import provenance, write_json
 from fastmmoe.config import checked, int_from, tuple_of
 from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.methods.fastmmoe import FastMMoEPruning
-from fastmmoe.methods.method import Pruning, StageInput, checked
+from fastmmoe.methods.method import Pruning, StageInput
 from fastmmoe.scenes.tokenizer import VISION_TOKENS
 from fastmmoe.study.accuracy import answers_of
 from fastmmoe.study.methods import Method
