@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastmmoe.config import ReductionConfig
+from fastmmoe.prefill.block import Block
 from fastmmoe.prefill.installation import installation_for, installation_of
 from fastmmoe.prefill.plan import Plan
 from fastmmoe_kernels import VisionLayout
@@ -95,7 +96,7 @@ def fixed_layout(model: nn.Module, layout: VisionLayout) -> Iterator[nn.Module]:
     device = next(installation.text.parameters()).device
     if device.type != "meta":  # once, and not in every forward
         layout = layout.to(device)
-    block = installation.open_layout(layout)
+    block = Block(installation, layout=layout)
     try:
         yield model
     finally:

@@ -7,14 +7,14 @@ or a forward under way, which ends under the plan it began with.
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
 from torch import nn
 
 from fastmmoe.families import Family, find_text_model
 from fastmmoe.prefill.attention import AttentionPatch
+from fastmmoe.prefill.block import Block, innermost_block
 from fastmmoe.prefill.entry import HeadPatch, ParentPatch
 from fastmmoe.prefill.layer import LayerPatch
 from fastmmoe.prefill.patch import ConfigPatch, Patch, innermost, patches_on
@@ -23,44 +23,6 @@ from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
 from fastmmoe.prefill.stage import MoEPatch, NormPatch
 from fastmmoe.prefill.text import TextPatch
 from fastmmoe_kernels import VisionLayout
-
-
-class Block:
-    """A `with` block on a model. Blocks of one thread or task form a list, the innermost first.
-
-    Attributes:
-        installation: on whose model; None once the block is left.
-        outer: the block around it.
-        plan: what is in force in the block; None: the stock model.
-        layout: what every forward in the block looks like; None: not said.
-    """
-
-    def __init__(self, installation: "Installation", outer: "Block | None"):
-        self.installation: Installation | None = installation
-        self.outer = outer
-        self.plan: Plan | None = None
-        self.layout: VisionLayout | None = None
-
-    def close(self) -> None:
-        """Leave the block; what is in force is again what was around it. In any order and from any thread."""
-        installation, self.installation = self.installation, None
-        if installation is not None:
-            if self.layout is None:
-                installation.count_block(-1)
-                installation.release(self.plan)
-            self.plan = self.layout = None
-        _INNERMOST.set(_open(_INNERMOST.get()))
-
-
-_INNERMOST: ContextVar[Block | None] = ContextVar("fastmmoe_block", default=None)
-
-
-def _open(block: Block | None) -> Block | None:
-    """A block, or the first one around it that has not been left."""
-    while block is not None and block.installation is None:
-        block = block.outer
-    return block
-
 
 # by id of the text model, for as long as a patch, a block or a call refers to it: switching is never a second one
 _ALL: WeakValueDictionary[int, "Installation"] = WeakValueDictionary()
@@ -92,30 +54,23 @@ class Installation:
     @property
     def plan(self) -> Plan | None:
         """What is in force for this thread or task."""
-        block = self.block(lambda block: block.layout is None)
+        block = innermost_block(self)
         return self.own if block is None else block.plan
 
     @property
     def in_block(self) -> bool:
         """Whether this thread or task is in an `enabled` block on the model."""
-        return self.block(lambda block: block.layout is None) is not None
+        return innermost_block(self) is not None
 
     @property
     def layout(self) -> VisionLayout | None:
         """What every forward of this thread or task looks like, if it has been said."""
-        block = self.block(lambda block: block.layout is not None)
+        block = innermost_block(self, with_layout=True)
         return None if block is None else block.layout
-
-    def block(self, wanted: Callable[[Block], bool]) -> Block | None:
-        """The innermost block of this thread or task on this model that is `wanted`."""
-        block = _INNERMOST.get()
-        while block is not None and not (block.installation is self and wanted(block)):
-            block = block.outer
-        return block
 
     def set_plan(self, plan: Plan | None) -> None:
         """Put a plan, or the stock model, in force: in this thread's innermost `enabled` block, else for the model."""
-        block = self.block(lambda block: block.layout is None)
+        block = innermost_block(self)
         with self._lock:
             if plan is not None or block is not None:
                 self.hold(plan)
@@ -128,24 +83,16 @@ class Installation:
 
     def open_block(self, plan: Plan) -> Block:
         """Enter a block with a plan."""
-        self.hold(plan)
-        block = Block(self, _open(_INNERMOST.get()))
-        block.plan = plan
-        self.count_block(1)
-        _INNERMOST.set(block)
-        return block
-
-    def count_block(self, change: int) -> None:
-        """An `enabled` block was entered (1) or left (-1)."""
         with self._lock:
-            self.blocks_open += change
+            self.hold(plan)
+            self.blocks_open += 1
+        return Block(self, plan=plan)
 
-    def open_layout(self, layout: VisionLayout) -> Block:
-        """Enter a block in which every forward looks the same."""
-        block = Block(self, _open(_INNERMOST.get()))
-        block.layout = layout
-        _INNERMOST.set(block)
-        return block
+    def close_block(self, block: Block) -> None:
+        """Leave a block with a plan."""
+        with self._lock:
+            self.release(block.plan)
+            self.blocks_open -= 1
 
     # ---------------------------------------------------------------- what is patched
 
