@@ -26,13 +26,21 @@ CONFIGS = {"both": EXPERTS | PRUNING, "prune": PRUNING, "experts": EXPERTS}
 CLOSE = dict(atol=1e-3, rtol=1e-3)  # other shapes or another order of summation; a wrong choice is off by 0.1 and more
 
 
-@cache
-def _original(family: str) -> nn.Module:
+def built(family: str) -> nn.Module:
+    """A stock model that never ran; all of a family have the same weights."""
     return tiny_internvl() if family == "internvl" else tiny_deepseek_vl2("base")
 
 
+@cache
+def _original(family: str) -> nn.Module:
+    model = built(family)
+    # the first forward is where transformers puts hooks of its own on a model
+    logits_of(model, batch_of(family))
+    return model
+
+
 def fresh(family: str) -> nn.Module:
-    """A stock model; all of a family have the same weights."""
+    """A stock model that has run before."""
     return copy.deepcopy(_original(family))
 
 
@@ -43,7 +51,7 @@ def config_of(name: str, **changes) -> FastMMoEConfig:
 def batch_of(family: str, images: tuple[int, ...] = (1, 2), **options) -> dict[str, Tensor]:
     """`images` per sample; of DeepSeek-VL2's, every second one is two tiles wide."""
     if family == "internvl":
-        return tiny_batch(_original(family), images, **options)
+        return tiny_batch(built(family), images, **options)
     return tiny_deepseek_batch([[(1, 1), (2, 1)][:count] for count in images], **options)
 
 
@@ -108,7 +116,7 @@ def generate(model, batch: dict[str, Tensor], steps: int = 4, **options) -> Tens
 @cache
 def stock_logits(family: str) -> Tensor:
     """Of `batch_of(family)`."""
-    return logits_of(_original(family), batch_of(family))
+    return logits_of(fresh(family), batch_of(family))
 
 
 @cache

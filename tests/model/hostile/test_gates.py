@@ -95,7 +95,14 @@ def of_a_class_of_its_own(moe):
     return 1.5 * moe.gate.weight.detach()
 
 
-CHANGES = [wrapped, parametrized, with_a_child, of_a_class_of_its_own]
+def with_a_forward_of_its_own(moe):
+    """Set on the instance."""
+    forward = moe.gate.forward
+    moe.gate.forward = lambda hidden: forward(1.5 * hidden)
+    return 1.5 * moe.gate.weight.detach()
+
+
+CHANGES = [wrapped, parametrized, with_a_child, of_a_class_of_its_own, with_a_forward_of_its_own]
 
 
 @pytest.mark.parametrize("change", CHANGES)
