@@ -184,10 +184,12 @@ def route(gate: nn.Module, logits: Tensor, vision: Tensor, k_v: int) -> tuple[Te
 
 @contextmanager
 def fewer_experts_by_hand(model: nn.Module, vision: Tensor, name: str) -> Iterator[None]:
-    """On a stock model: change what its gates return for vision tokens [B, n], as the config `name` asks."""
+    """On a stock model: change what its gates return for a prompt's vision tokens [B, n], as the config `name` asks."""
     k_v, first = CONFIGS[name].get("vision_top_k"), CONFIGS[name].get("reduction_layer")
 
-    def hook(gate: nn.Module, args: tuple, output: tuple) -> tuple:
+    def hook(gate: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        if len(output[0]) != vision.numel():  # a decode step
+            return None
         return output[0], *route(gate, output[0], vision.flatten(), k_v)
 
     gates = [layer.mlp.gate for layer in layers_of(model)[first:] if hasattr(layer.mlp, "gate")] if k_v else []
