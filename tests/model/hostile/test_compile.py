@@ -63,7 +63,6 @@ def two_tokens(model, batch):
 CASES = {
     "model-run-on-the-stock-model-before": ("torch.compile(model)", "before", logits_of, "internvl", "both", "eager"),
     "model-after": ("torch.compile(model)", "after", logits_of, "deepseek", "experts", "aot_eager"),
-    "forward-run-on-the-stock-model-before": ("model.forward", "before", logits_of, "internvl", "experts", "eager"),
     "forward-after-generate": ("model.forward", "after", two_tokens, "deepseek", "prune", "eager"),
     "in-place-after-generate": ("model.compile()", "after", two_tokens, "internvl", "both", "eager"),
 }

@@ -105,8 +105,13 @@ def with_a_forward_of_its_own(moe):
 CHANGES = [wrapped, parametrized, with_a_child, of_a_class_of_its_own, with_a_forward_of_its_own]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_gate_that_is_more_than_its_weight(family, config, change):
+# the main config for all, and by themselves what only a class or an instance tells
+CASES = [(change, "both") for change in CHANGES]
+CASES += [(change, name) for change in CHANGES[3:] for name in ("prune", "experts")]
+
+
+@pytest.mark.parametrize(("change", "config"), CASES, ids=[f"{change.__name__}-{name}" for change, name in CASES])
+def test_a_gate_that_is_more_than_its_weight(family, change, config):
     """Equals a plain gate with the weight that it amounts to; one with another weight does not."""
     # the one that goes by routing alone
     batch, config = batch_of(family), config_of(config, strategy="routing_similarity")

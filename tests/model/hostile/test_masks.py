@@ -5,6 +5,8 @@ each layer behind a prune layer gets the same mask without the dropped tokens' c
 from the stock model's eager attention weights.
 """
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -56,12 +58,14 @@ def in_form(seen, form, dtype=torch.float32):
     return seen if form == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def drop_by_hand(family, batch, seen, name):
+@cache
+def drop_by_hand(family, images, kind, name):
     """(logits of the stock model that drops as the config `name` asks, without merging; who is there at the end).
 
     One forward per stage: eager attention weights up to a prune layer do not depend on what is dropped there.
     """
-    attention = dict(attn_implementation="eager")
+    batch = batch_of(family, images, seed=SEED[family])
+    seen, attention = kind(batch), dict(attn_implementation="eager")
     model = tiny_internvl(**attention) if family == "internvl" else tiny_deepseek_vl2("base", **attention)
     stages = CONFIGS[name].get("prune_layers", ())
     ratio = CONFIGS[name]["retention"] ** (1 / len(stages)) if stages else 1.0
@@ -130,7 +134,7 @@ def test_causal_with_padding_is_the_2d_mask(family, config, form, side):
 def test_a_mask_is_kept_behind_prune_layers(family, config, form, kind, images):
     batch = batch_of(family, images, seed=SEED[family])
     seen = kind(batch)
-    want, there = drop_by_hand(family, batch, seen, config)
+    want, there = drop_by_hand(family, images, kind, config)
     model = fresh(family)
     merging = {} if config == "experts" else {"merge_ratio": 0.0}
     fastmmoe.enable(model, config_of(config, **merging))
