@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import fastmmoe
 from fastmmoe import FastMMoEConfig
 
-from .common import batch_of, close, config_of, fewer_experts_by_hand, fresh, layers_of, logits_of, vision_of
+from .common import batch_of, close, config_of, fewer_experts_by_hand, fresh, layers_of, logits_of, same, vision_of
 
 E, H, I, K = 8, 64, 32, 4  # as in the tiny models
 
@@ -88,7 +88,7 @@ def test_experts_that_are_computed(family, name):
     want = call(experts, "eager")
     assert want.std() > 0.1
     got = call(experts, "fastmmoe")
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    same(got, want)
 
 
 @pytest.mark.parametrize(("family", "name"), REFUSED.items(), ids=REFUSED)
@@ -134,14 +134,14 @@ def test_experts_with_a_forward_of_their_own_are_not_passed_over(family):
         experts.__class__ = DoubledExperts
         other.mlp.experts.down_proj.data *= 2
     batch = batch_of(family)
-    torch.testing.assert_close(logits_of(model, batch), logits_of(plain, batch), atol=1e-4, rtol=1e-4)
+    same(logits_of(model, batch), logits_of(plain, batch))
     fastmmoe.enable(plain, config_of("experts"))
     try:
         fastmmoe.enable(model, config_of("experts"))
     except ValueError as error:
         assert "DoubledExperts" in str(error)
     else:
-        torch.testing.assert_close(logits_of(model, batch), logits_of(plain, batch), atol=1e-3, rtol=1e-3)
+        close(logits_of(model, batch), logits_of(plain, batch))
 
 
 @pytest.mark.parametrize(("other", "experts"), REFUSED.items(), ids=REFUSED)

@@ -17,6 +17,7 @@ from .common import (
     fresh,
     layers_of,
     logits_of,
+    same,
     vision_of,
 )
 
@@ -119,7 +120,7 @@ def test_a_gate_that_is_more_than_its_weight(family, change, config):
     for layer, other in zip(moe_layers(model), moe_layers(plain), strict=True):
         other.mlp.gate.weight.data = change(layer.mlp)
     stock = logits_of(model, batch)
-    torch.testing.assert_close(stock, logits_of(plain, batch), atol=1e-4, rtol=1e-4)
+    same(stock, logits_of(plain, batch))
     assert_equal_when_enabled(model, plain, batch, config)
     fastmmoe.disable(model)
     assert torch.equal(logits_of(model, batch), stock)
@@ -129,7 +130,7 @@ def assert_equal_when_enabled(model, plain, batch, config):
     fastmmoe.enable(plain, config)
     want, fate = logits_of(plain, batch), [f.tolist() for stage in fastmmoe.report(plain).stages for f in stage.fate]
     fastmmoe.enable(model, config)
-    torch.testing.assert_close(logits_of(model, batch), want, atol=1e-4, rtol=1e-4)
+    same(logits_of(model, batch), want)
     assert [f.tolist() for stage in fastmmoe.report(model).stages for f in stage.fate] == fate
 
 
@@ -235,7 +236,7 @@ def test_lora_on_a_parameter(family, config, parameter):
     batch = batch_of(family)
     model, plain = adapted(family, parameter)
     stock = logits_of(model, batch)
-    torch.testing.assert_close(stock, logits_of(plain, batch), atol=1e-4, rtol=1e-4)
+    same(stock, logits_of(plain, batch))
     try:
         fastmmoe.enable(model, config_of(config))
     except ValueError as error:
