@@ -61,10 +61,17 @@ def two_tokens(model, batch):
 
 
 CASES = {
-    "model-run-on-the-stock-model-before": ("torch.compile(model)", "before", logits_of, "internvl", "both", "eager"),
+    "model-run-on-the-stock-model-before": (
+        "torch.compile(model)",
+        "run before",
+        logits_of,
+        "internvl",
+        "both",
+        "eager",
+    ),
     "model-after": ("torch.compile(model)", "after", logits_of, "deepseek", "experts", "aot_eager"),
     "forward-after-generate": ("model.forward", "after", two_tokens, "deepseek", "prune", "eager"),
-    "in-place-after-generate": ("model.compile()", "after", two_tokens, "internvl", "both", "eager"),
+    "in-place-before-generate": ("model.compile()", "before", two_tokens, "internvl", "both", "eager"),
 }
 
 
@@ -76,8 +83,9 @@ def test_a_compiled_model_is_enabled_and_disabled_as_the_model_is(how, when, run
     with fastmmoe.enabled(model, config):
         want = run(model, batch)
     assert (want - stock).abs().max() > 0.1
-    if when == "before":
+    if when != "after":
         call = compiled(model, how, backend=backend)
+    if when == "run before":
         torch.testing.assert_close(run(call, batch), stock, **CLOSE)
     fastmmoe.enable(model, config)
     if when == "after":
