@@ -37,13 +37,6 @@ class EntryPatch(Patch):
         finally:
             self.end(*outer)
 
-    @torch.compiler.disable(recursive=False)
-    def stock(self, *args: Any, **kwargs: Any) -> Any:
-        # a frame of its own for each of them, not one for all
-        if self._before is None:
-            return type(self.module).forward(self.module, *args, **kwargs)
-        return self._before(*args, **kwargs)
-
     @torch.compiler.disable
     def begin(self, inputs: dict[str, Any]) -> None:
         """Before the module's forward, which gets these arguments."""

@@ -29,15 +29,17 @@ class Patch:
         number: of the decoder layer, None outside of one.
         part: what the module is, for errors.
         live: whether it is on; otherwise it only hands on.
+        stock: what the module computes without this patch.
     """
 
     # no __dict__: functools.update_wrapper, which offloading calls on a forward, would copy it
-    __slots__ = ("installation", "module", "number", "live", "_before", "_reduce")
+    __slots__ = ("installation", "module", "number", "live", "stock", "_before", "_reduce")
     part = "module"
 
     def __init__(self, installation: "Installation", module: nn.Module, number: int | None = None):
         self.installation, self.module, self.number = installation, module, number
         self.live = False
+        self.stock = own_forward(module)
         self._before: Callable | None = None  # the instance's own forward, if it had one
         self._reduce: Callable | None = None
 
@@ -47,6 +49,7 @@ class Patch:
         # inside of what offloading has wrapped: there the weights are loaded
         name = FORWARDS["_hf_hook" in attributes and "_old_forward" in attributes]
         self._before = attributes.get(name)
+        self.stock = self._before or own_forward(self.module)
         attributes[name] = self
         # copy and pickle ask the instance for it, before its class
         self._reduce = attributes[REDUCE] = _StockReduce(self)
@@ -61,12 +64,6 @@ class Patch:
             del attributes["forward"]
         if attributes.get(REDUCE) is self._reduce:
             del attributes[REDUCE]
-
-    def stock(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes without this patch."""
-        if self._before is None:
-            return type(self.module).forward(self.module, *args, **kwargs)
-        return self._before(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -84,16 +81,13 @@ class Patch:
     @property
     def __signature__(self) -> inspect.Signature:
         # transformers reads off a forward's signature which arguments a model takes
-        return inspect.signature(self._stock_forward())
-
-    def _stock_forward(self) -> Callable:
-        return own_forward(self.module) if self._before is None else self._before
+        return inspect.signature(self.stock)
 
     def _without_it(self, attributes: dict[str, Any]) -> dict[str, Any]:
         """What stands in the places of this patch when it is gone, where something does."""
         places = [name for name in FORWARDS if attributes.get(name) is self]
         # what offloading has wrapped has to be there
-        return {name: self._stock_forward() for name in places if name != "forward" or self._before is not None}
+        return {name: self.stock for name in places if name != "forward" or self._before is not None}
 
     def stock_attributes(self) -> dict[str, Any]:
         """The module's attributes as they are without this patch."""

@@ -13,31 +13,16 @@ from fastmmoe.prefill.sequence import ForwardPass
 from fastmmoe_kernels import gate_routing, topk_routing
 
 
-class _ReducingPatch(Patch):
-    """On a module of a layer whose vision tokens take fewer experts."""
-
-    __slots__ = ()
-
-    @property
-    def reducing_forward(self) -> ForwardPass | None:
-        """The forward under way, if it gives its vision tokens fewer experts here."""
-        forward = RUNNING.forward
-        if forward is None or not self.live or forward.installation is not self.installation or not forward.reduces:
-            return None
-        # another plan, which is not this forward's, may have put the patch here
-        return forward if self.number in forward.plan.reduced else None
-
-
-class GatePatch(_ReducingPatch):
+class GatePatch(Patch):
     """Chooses experts: fewer for vision tokens, none for padding."""
 
     __slots__ = ()
     part = "gate"
 
-    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        forward = self.reducing_forward
-        if forward is None:
-            return self.stock(hidden, *args, **kwargs)
+    def __call__(self, hidden: torch.Tensor, *args: Any) -> Any:
+        forward = RUNNING.forward
+        if forward is None or not _reduces_here(forward, self):
+            return self.stock(hidden, *args)
         family, config = self.installation.family, forward.plan.config
         vision, padding = forward.token_masks(hidden.device)
         options = dict(
@@ -51,22 +36,32 @@ class GatePatch(_ReducingPatch):
         if self.is_bare and is_linear(self.module, hidden, family):
             routing = gate_routing(hidden.reshape(-1, hidden.shape[-1]), self.module.weight, **options)
             return family.gate_output(routing.logits, routing)
-        logits = self.stock(hidden, *args, **kwargs)[0]
+        logits = self.stock(hidden, *args)[0]
         return family.gate_output(logits, topk_routing(logits, **options))
 
 
-class ExpertsPatch(_ReducingPatch):
+class ExpertsPatch(Patch):
     """Runs the chosen experts, and none in the slots that were left empty."""
 
     __slots__ = ()
     part = "experts"
 
-    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        forward = self.reducing_forward
-        if forward is None:
-            return self.stock(hidden, ids, weights, **kwargs)
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        forward = RUNNING.forward
+        if forward is None or not _reduces_here(forward, self):
+            return self.stock(hidden, ids, weights)
         forward.experts.append(self.number)
         return run_experts(self.module, hidden, ids, weights, forward.plan.config.backend)
+
+
+def _reduces_here(forward: ForwardPass, patch: Patch) -> bool:
+    """Whether the forward under way gives its vision tokens fewer experts in this layer.
+
+    Another plan, which is not this forward's, may have put the patch there.
+    """
+    if not patch.live or forward.installation is not patch.installation:
+        return False
+    return forward.reduces and patch.number in forward.plan.reduced
 
 
 def gate_probs(

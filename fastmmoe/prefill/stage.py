@@ -17,45 +17,29 @@ from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment, Stage
 from fastmmoe_kernels import PrunedBatch
 
 
-class _StagePatch(Patch):
-    """On a module of a prune layer."""
-
-    __slots__ = ()
-
-    @property
-    def stage(self) -> Stage | None:
-        """The stage that the forward under way runs here, if it has anything to prune."""
-        forward = RUNNING.forward
-        if forward is None or not self.live or forward.installation is not self.installation:
-            return None
-        # another plan, which is not this forward's, may have put the patch here
-        return None if forward.plan.config.prunes_behind_layer else forward.stage
-
-
-class NormPatch(_StagePatch):
+class NormPatch(Patch):
     """Takes tokens away behind the norm in front of the MoE, whose input is the residual stream."""
 
     __slots__ = ()
     part = "norm"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, stage = self.stock(*args, **kwargs), self.stage
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden, stage = self.stock(hidden_states), _stage_at(self)
         if stage is None:
             return hidden
-        residual = args[0] if args else kwargs["hidden_states"]
-        pruned = prune(RUNNING.forward, self.installation.layers[self.number], hidden, residual)
+        pruned = prune(RUNNING.forward, self.installation.layers[self.number], hidden, hidden_states)
         stage.residual = pruned.residual
         return pruned.hidden
 
 
-class MoEPatch(_StagePatch):
+class MoEPatch(Patch):
     """Adds what the MoE makes of the tokens that are left to their residual stream."""
 
     __slots__ = ()
     part = "MoE"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output, stage = self.stock(*args, **kwargs), self.stage
+        output, stage = self.stock(*args, **kwargs), _stage_at(self)
         if stage is None:
             return output
         if stage.residual is None:
@@ -63,6 +47,15 @@ class MoEPatch(_StagePatch):
         stage.short = stage.residual + output.view_as(stage.residual)
         longer = RUNNING.forward.segments[-2].shape
         return output.new_zeros(()).expand(*longer, output.shape[-1])
+
+
+def _stage_at(patch: Patch) -> Stage | None:
+    """The stage that the forward under way runs in front of the MoE, if it has anything to prune there."""
+    forward = RUNNING.forward
+    if forward is None or not patch.live or forward.installation is not patch.installation:
+        return None
+    # another plan, which is not this forward's, may have put the patch there
+    return None if forward.plan.config.prunes_behind_layer else forward.stage
 
 
 def prune(forward: ForwardPass, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor) -> PrunedBatch:
