@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint aot wheel bench reference clean
+.PHONY: help venv demo test nightly lint aot wheel bench reference clean
 
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
 	@echo "make test       all tests"
+	@echo "make nightly    long random sequences of uses of a model"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU"
 	@echo "make wheel      build dist/fastmmoe-*.whl"
@@ -35,6 +36,11 @@ demo: $(STAMP)
 # one thread per worker: threads of several workers on few cores only wait for each other
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=10
+
+# the seed of a failing sequence is printed
+nightly: $(STAMP)
+	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
+		--dist load tests/model/test_state_machine.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,685 @@
+"""Any sequence of uses of one model, by two threads: every result is that of a fresh model with the config in force.
+
+The reference is small: what is enabled outside of all blocks, and each thread's stack of open `enabled` blocks. A block
+holds for the thread that entered it, the innermost one counts, `enable` and `disable` act on it, and leaving it, in
+whatever order, brings back what is below.
+
+A short slice of fixed sequences runs by default. `FASTMMOE_STATE_MACHINE_EXAMPLES=400` runs so many random ones of
+each family; a failure prints the seed, which `FASTMMOE_STATE_MACHINE_SEED` takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import queue
+import random
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+import fastmmoe
+
+from . import calls
+from .calls import BATCHES, CONFIGS, FAMILIES, FORWARDS, GENERATIONS, REFUSED, USES, WORDS, Answer
+
+# kind of sequence: what it may do that the others do not -> sequences of each family in the slice
+KINDS = {"plain": 8, "offload": 4, "compiled layers": 3, "compiled": 3}
+STEPS = 25
+SOME = 10
+EXAMPLES = int(os.environ.get("FASTMMOE_STATE_MACHINE_EXAMPLES", "0"))
+TIMEOUT = 120  # seconds until a thread that does not answer is a deadlock
+NOT_POISONED = {(torch, "empty"): torch.empty, (torch, "empty_like"): torch.empty_like}
+NOT_POISONED |= {(torch.Tensor, "new_empty"): torch.Tensor.new_empty}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_sequence(family, kind):
+    if kind == "offload":
+        pytest.importorskip("accelerate")
+    run(family, kind)
+
+
+def run(family: str, kind: str) -> None:
+    if not EXAMPLES:
+        run_sequences(family, kind, seed=0, examples=KINDS[kind], mixed=True)
+        return
+    # a few at a time: Hypothesis makes most of a longer run by changing sequences that it had
+    first = int(os.environ.get("FASTMMOE_STATE_MACHINE_SEED", random.SystemRandom().randrange(10**9)))
+    runs = -(-EXAMPLES * KINDS[kind] // sum(KINDS.values()) // SOME)
+    for number in range(first, first + runs):
+        print(f"FASTMMOE_STATE_MACHINE_SEED={number}")
+        # with few of the rules in every second one
+        run_sequences(family, kind, seed=number, examples=SOME, mixed=number % 2 == 0)
+
+
+def run_sequences(family: str, kind: str, seed: int, examples: int, mixed: bool) -> None:
+    @hypothesis.seed(seed)
+    class Sequence(Machine):
+        pass
+
+    Sequence.family, Sequence.kind, Sequence.mixed = family, kind, mixed
+    run_state_machine_as_test(
+        Sequence,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=STEPS,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate, Phase.shrink) if EXAMPLES else (Phase.generate,),  # shrinking takes minutes
+            print_blob=bool(EXAMPLES),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+class State(NamedTuple):
+    """What is in force: a config's name, None for the stock model; whether it was enabled from below the head."""
+
+    config: str | None = None
+    by_parent: bool = False
+
+
+@dataclass
+class Block:
+    """An open `with enabled(...)`."""
+
+    manager: Any
+    state: State
+
+
+@dataclass
+class Kept:
+    """A cache, and what its rows hold: (sample of the batch, words behind the prompt) each."""
+
+    config: str | None
+    batch: str
+    cache: Cache
+    mask: torch.Tensor  # [rows, tokens]
+    rows: list[tuple[int, tuple[int, ...]]]
+    cropped: int = 0  # tokens of the prompt
+
+
+class Worker:
+    """A second thread that does what it is told, one thing at a time."""
+
+    def __init__(self):
+        self._jobs, self._results = queue.SimpleQueue(), queue.SimpleQueue()
+        self._go = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        for job in iter(self._jobs.get, None):
+            try:
+                self._results.put((job(), None))
+            except BaseException as error:  # handed on to the thread that asks
+                self._results.put((None, error))
+
+    def do(self, job: Callable[[], Any]) -> Any:
+        """Its result, or None where it called `pause`; then `resume` returns the result."""
+        self._jobs.put(job)
+        return self._result()
+
+    def pause(self) -> None:
+        """Inside a job: let `do` return, and wait."""
+        self._results.put((None, None))
+        self._go.acquire(timeout=TIMEOUT)
+
+    def resume(self) -> Any:
+        self._go.release()
+        return self._result()
+
+    def _result(self) -> Any:
+        result, error = self._results.get(timeout=TIMEOUT)
+        if error is not None:
+            raise error
+        return result
+
+    def end(self) -> None:
+        self._go.release()
+        self._jobs.put(None)
+        self._thread.join(TIMEOUT)
+
+
+def traces(model: nn.Module, family: str, is_wrapped: bool = False) -> list[str]:
+    """What modules carry that those of a model that was never run do not, transformers' and torch's marks apart.
+
+    `is_wrapped`: somebody put a forward around ours and holds on to it; then it may stay, if it does nothing.
+    """
+    found = []
+    stock = dict(calls.pristine(family).named_modules())
+    modules = dict(model.named_modules())
+    assert modules.keys() == stock.keys()
+    for name, module in modules.items():
+        attributes, before = vars(module), vars(stock[name])
+        odd = {key for key in attributes.keys() ^ before.keys() if key not in THEIRS}
+        odd |= {key for key in attributes.keys() & before.keys() if type(attributes[key]) is not type(before[key])}
+        # accelerate leaves a module's own forward behind, on the instance
+        if is_wrapped or getattr(attributes.get("forward"), "__func__", None) is type(module).forward:
+            odd.discard("forward")
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(_module_of(hook).startswith("fastmmoe") for hook in hooks):
+            odd.add("hooks")
+        if type(module) is not type(stock[name]):
+            odd.add(type(module).__name__)
+        found += [f"{name}: {sorted(odd)}"] if odd else []
+    return found
+
+
+THEIRS = ("_is_torch_compile", "_output_capturing_hooks_installed", "_previous_max_cache_length")
+
+
+def _module_of(hook: Any) -> str:
+    hook = getattr(hook, "func", hook)
+    return getattr(hook, "__module__", None) or type(hook).__module__
+
+
+@contextmanager
+def dynamo() -> Iterator[None]:
+    """Compilation from a clean slate; Dynamo traces torch's own functions, and remembers which those are."""
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=64):
+        for (owner, name), function in NOT_POISONED.items():
+            patch.setattr(owner, name, function)
+        torch._dynamo.trace_rules.clear_lru_cache()
+        torch._dynamo.reset()
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------ draws
+
+THREADS = ("main", "worker")
+anyone = st.sampled_from((*THREADS, "passer-by"))  # the last one is a new thread each time
+threads = st.sampled_from(THREADS)
+configs = st.sampled_from(list(CONFIGS))
+handles = st.sampled_from(("model", "parent", "wrapper", "compiled"))
+forwards = st.runner().flatmap(lambda machine: st.sampled_from(calls.uses_of(machine.family, FORWARDS)))
+generations = st.sampled_from(list(GENERATIONS))
+probes = st.none() | forwards
+modules = st.integers(0, 199)
+INTERRUPTED = ("own cache", "left", "right", "mixed", "four logits", "parent", "fixed layout", *GENERATIONS)
+HELD = ("left", "mixed", "fixed layout", "two turns", "greedy")
+
+
+class Machine(RuleBasedStateMachine):
+    family: str
+    kind: str
+    mixed: bool
+    caches = Bundle("caches")
+
+    def __init__(self):
+        super().__init__()
+        self.model = calls.fresh(self.family)
+        self.handles = {
+            "model": self.model,
+            "parent": self.model.model,
+            "wrapper": calls.Wrapper(self.model),
+            "compiled": torch.compile(self.model, backend="eager"),  # compiles nothing until it is called
+        }
+        self.base = State()
+        self.blocks: dict[str, list[Block]] = {name: [] for name in THREADS}
+        self.worker = Worker()
+        self.held: Callable[[], None] | None = None  # lets the worker go on
+        self.offloaded = self.was_offloaded = self.is_wrapped = False
+        self.compiled = 0
+        if self.mixed:  # Hypothesis switches most rules off in most sequences, too many for a few sequences
+            self._rules_strategy.enabled_rules_strategy = st.just(SimpleNamespace(is_enabled=lambda name: True))
+
+    def of_kind(kind: str, ready: Callable[[Machine], bool] = lambda self: True) -> Callable:
+        return precondition(lambda self: self.kind == kind and ready(self))
+
+    # -------------------------------------------------------------------------------- who does it, and what is right
+
+    def do(self, who: str, job: Callable[[], Any]) -> Any:
+        if who == "main":
+            return job()
+        if who == "worker":
+            self.let_go()
+            return self.worker.do(job)
+        passer_by = Worker()
+        try:
+            return passer_by.do(job)
+        finally:
+            passer_by.end()
+
+    def in_force(self, who: str) -> State:
+        blocks = self.blocks.get(who)
+        return blocks[-1].state if blocks else self.base
+
+    def set_in_force(self, who: str, state: State) -> None:
+        blocks = self.blocks.get(who)
+        if blocks:
+            blocks[-1].state = state
+        else:
+            self.base = state
+
+    def asking(self, name: str, state: State, reported: str = "model") -> Callable[[], Answer]:
+        use = USES[name]
+        handle = self.handles[reported] if state.config is not None and use.sees else None
+        return lambda: calls.answer(self.model, self.family, use.run, handle)
+
+    def compare(self, got: Answer, name: str, state: State, exact: bool = True) -> None:
+        use = USES[name]
+        wanted = [calls.wanted(self.family, state.config, name)]
+        if state.by_parent and use.depends_on_head:  # not known there, unless from an earlier call
+            wanted.append(calls.wanted(self.family, state.config, name, by_parent=True))
+        exact = exact and use.oracle is None and not self.offloaded
+        problems = [calls.differences(got, want, exact) for want in wanted]
+        assert None in problems, f"{name} under {state.config}: {problems[0]}"
+
+    def check(self, who: str, name: str, reported: str = "model") -> None:
+        state = self.in_force(who)
+        if name == "in one row" and state.config == "above 30":
+            return  # together they have as many vision tokens
+        asking = self.asking(name, state, reported)
+        if name == "fixed layout" and state.config is None:
+            with pytest.raises(RuntimeError, match="not enabled"):
+                self.do(who, asking)
+            return
+        try:
+            got = self.do(who, asking)
+        except ValueError as refusal:
+            if name == "in one row" and state.config and "attention_mask" in str(refusal):
+                return  # better than a wrong result
+            raise
+        self.compare(got, name, state)
+
+    def probe(self, name: str | None) -> None:
+        """Look at what is in force for everybody."""
+        for who in (*THREADS, "passer-by") if name else ():
+            if who != "worker" or self.held is None:
+                self.check(who, name)
+
+    # -------------------------------------------------------------------------------- on and off
+
+    @initialize(config=configs)
+    def begin(self, config):
+        self.enable("main", "model", config, "one")
+
+    @rule(who=anyone, handle=handles, config=configs, probe=probes)
+    def enable(self, who, handle, config, probe):
+        self.do(who, lambda: fastmmoe.enable(self.handles[handle], CONFIGS[config]))
+        self.set_in_force(who, State(config, handle == "parent"))
+        self.probe(probe)
+
+    @precondition(lambda self: self._is_enabled())
+    @rule(who=anyone, handle=handles, probe=probes)
+    def disable(self, who, handle, probe):
+        self.do(who, lambda: fastmmoe.disable(self.handles[handle]))
+        self.set_in_force(who, State())
+        if not any(self.blocks.values()):
+            with pytest.raises(RuntimeError, match="model: "):
+                fastmmoe.report(self.model)
+        self.probe(probe)
+
+    @rule(who=anyone, handle=handles, reason=st.sampled_from(list(REFUSED)), block=st.booleans(), probe=probes)
+    def refused(self, who, handle, reason, block, probe):
+        """What `enable` does not take changes nothing."""
+        config, error, message = REFUSED[reason]
+        module = self.handles[handle]
+
+        def enter():
+            with fastmmoe.enabled(module, config):
+                raise AssertionError("entered")
+
+        with self.training() if reason == "training mode" else nullcontext():
+            with pytest.raises(error, match=message):
+                self.do(who, enter if block else lambda: fastmmoe.enable(module, config))
+        self.probe(probe)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        self.let_go()
+        self.handles["wrapper"].train()
+        try:
+            yield
+        finally:
+            self.handles["wrapper"].eval()
+
+    @precondition(lambda self: min(map(len, self.blocks.values())) < 3)
+    @rule(who=threads, handle=handles, config=configs, probe=probes)
+    def enter(self, who, handle, config, probe):
+        manager = fastmmoe.enabled(self.handles[handle], CONFIGS[config])
+        assert self.do(who, manager.__enter__) is self.handles[handle]
+        self.blocks[who].append(Block(manager, State(config, handle == "parent")))
+        self.probe(probe)
+
+    @precondition(lambda self: any(self.blocks.values()))
+    @rule(who=threads, depth=st.sampled_from((0, 0, 1)), by_error=st.booleans(), probe=probes)
+    def leave(self, who, depth, by_error, probe):
+        """The innermost block, or the one around it."""
+        if not self.blocks[who]:
+            who = THREADS[1 - THREADS.index(who)]
+        block = self.blocks[who].pop(-1 - min(depth, len(self.blocks[who]) - 1))
+        error = ZeroDivisionError() if by_error else None
+        swallowed = self.do(who, lambda: block.manager.__exit__(type(error) if error else None, error, None))
+        assert not (error and swallowed)
+        self.probe(probe)
+
+    @rule(who=anyone, action=st.sampled_from(("forward", "leave", "disable")), probe=probes)
+    def in_training_mode(self, who, action, probe):
+        with self.training():
+            if action == "forward":
+                self._train(who)
+            elif action == "leave" and any(self.blocks.values()):
+                self.leave(who if who in THREADS else "main", 0, False, None)
+            else:
+                self.disable(who, "model", None)
+        self.probe(probe)
+
+    def _train(self, who):
+        config = self.in_force(who).config
+        job = self.asking("left", State())
+        if config is None:
+            self.do(who, job)
+            return
+        # one that reduces nothing need not be refused
+        with pytest.raises(RuntimeError, match="training") if config != "nothing" else suppress(RuntimeError):
+            self.do(who, job)
+
+    # -------------------------------------------------------------------------------- forwards and generations
+
+    @rule(who=anyone, name=forwards, reported=handles)
+    def forward(self, who, name, reported):
+        self.check(who, name, reported)
+
+    @rule(who=anyone, name=generations, reported=handles)
+    def generate(self, who, name, reported):
+        self.check(who, name, reported)
+
+    @precondition(lambda self: self.held is None and self.blocks["worker"])
+    @rule(name=st.sampled_from(HELD), module=modules, before=st.booleans())
+    def hold(self, name, module, before):
+        """The worker stops in the middle of a use, within its block, until it is asked for something else."""
+        paused, state = [], self.in_force("worker")
+        if name == "fixed layout" and state.config is None:
+            return
+
+        def pause(*_):
+            if not paused and threading.current_thread() is self.worker._thread:
+                paused.append(True)
+                self.worker.pause()
+
+        hook = self._hook(module, before, pause)
+        got = self.worker.do(self.asking(name, state))
+        if not paused:  # it does not come by there
+            hook.remove()
+            self.compare(got, name, state)
+            return
+
+        def go_on():
+            self.held = None
+            got = self.worker.resume()
+            hook.remove()
+            self.compare(got, name, state)
+
+        self.held = go_on
+
+    def let_go(self) -> None:
+        if self.held is not None:
+            self.held()
+
+    def _hook(self, module: int, before: bool, hook: Callable) -> Any:
+        places = list(self.model.modules())
+        place = places[module % len(places)]
+        return place.register_forward_pre_hook(hook) if before else place.register_forward_hook(hook)
+
+    ERRORS = st.sampled_from((RuntimeError, KeyboardInterrupt, SystemExit))
+
+    @rule(
+        who=threads, name=st.sampled_from(INTERRUPTED), error=ERRORS, module=modules, before=st.booleans(),
+        after=st.sampled_from((0, 0, 1, 2)), then=st.sampled_from((None, "text", "parent")),
+    )  # fmt: skip
+    def interrupt(self, who, name, error, module, before, after, then):
+        """An error at any module of the model, at its first run or a later one."""
+        self.let_go()
+        state, times = self.in_force(who), count()
+        if name == "fixed layout" and state.config is None:
+            return
+
+        def strike(*_):
+            if next(times) == after:
+                raise error("on purpose")
+
+        with self._hook(module, before, strike):
+            if name == "own cache":
+                self._run_on_a_cache(error)
+            else:
+                self._run_or_be_struck(who, name, state, error)
+        if then:
+            self.check(who, then)
+
+    def _run_or_be_struck(self, who, name, state, error):
+        try:
+            got = self.do(who, self.asking(name, state))
+        except error as struck:
+            assert str(struck) == "on purpose"
+        else:  # it does not come by there so often
+            self.compare(got, name, state)
+
+    def _run_on_a_cache(self, error):
+        """A failed forward holds on to nothing: the cache goes with its last owner."""
+        cache = DynamicCache(config=self.model.config.text_config)
+        alive = weakref.ref(cache)
+        with suppress(error), torch.no_grad():
+            self.model(**calls.batch_of(self.family, "left"), past_key_values=cache, use_cache=True)
+        del cache
+        if alive() is not None:
+            gc.collect()
+        assert alive() is None
+
+    # -------------------------------------------------------------------------------- on a cache
+
+    @rule(target=caches, who=threads, batch=st.sampled_from(list(BATCHES)))
+    def prefill(self, who, batch):
+        config = self.in_force(who).config
+        logits, cache = self.do(who, lambda: calls.prefill(self.model, self.family, batch))
+        self._compare_logits(logits, calls.continued(self.family, config, batch, 0, ()))
+        mask = calls.batch_of(self.family, batch)["attention_mask"]
+        return Kept(config, batch, cache, mask, [(sample, ()) for sample in range(len(mask))])
+
+    @rule(kept=caches, who=threads, word=st.integers(0, len(WORDS) - 1), length=st.integers(1, 2))
+    def decode(self, kept, who, word, length):
+        """One or two words more, others in every row, under the config of the prefill."""
+        if len(kept.rows[0][1]) > 3:
+            return
+        words = [[WORDS[(word + row + place) % len(WORDS)] for place in range(length)] for row in range(len(kept.rows))]
+        kept.mask = torch.cat((kept.mask, kept.mask.new_ones(len(words), length)), 1)
+        with self._under(who, kept.config):
+            logits = self.do(
+                who, lambda: calls.decode(self.model, kept.cache, torch.tensor(words), kept.mask)
+            )
+        for row, (sample, before) in enumerate(kept.rows):
+            for place in range(length):
+                history = (*before, *words[row][: place + 1])
+                want = calls.continued(self.family, kept.config, kept.batch, kept.cropped, history)
+                self._compare_logits(logits[row, place], want[sample])
+            kept.rows[row] = sample, (*before, *words[row])
+
+    @contextmanager
+    def _under(self, who: str, config: str | None) -> Iterator[None]:
+        """Within a block of its own, if another config is in force."""
+        if self.in_force(who).config == config:
+            yield
+            return
+        manager = fastmmoe.enabled(self.model, CONFIGS[config or "both"])
+        self.do(who, manager.__enter__)
+        try:
+            if config is None:
+                self.do(who, lambda: fastmmoe.disable(self.model))
+            yield
+        finally:
+            self.do(who, lambda: manager.__exit__(None, None, None))
+
+    def _compare_logits(self, got: torch.Tensor, want: torch.Tensor) -> None:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    @rule(kept=caches, order=st.permutations(range(4)), how=st.sampled_from(("reorder", "beams", "select", "repeat")))
+    def move_rows(self, kept, order, how):
+        rows = [row for row in order if row < len(kept.rows)]
+        if how == "repeat":
+            if len(rows) > 2:
+                return
+            rows = [row for row in range(len(rows)) for _ in range(2)]
+            kept.cache.batch_repeat_interleave(2)
+        elif how == "select":
+            rows = rows[: 1 + order[0]]
+            kept.cache.batch_select_indices(torch.tensor(rows))
+        else:
+            if how == "beams":  # all follow one
+                rows = [rows[0]] * len(rows)
+            kept.cache.reorder_cache(torch.tensor(rows))
+        kept.mask, kept.rows = kept.mask[rows], [kept.rows[row] for row in rows]
+
+    @rule(kept=caches, tokens=st.integers(1, 3))
+    def crop(self, kept, tokens):
+        """Words, and up to two tokens of the prompt's last text."""
+        words = min(tokens, len(kept.rows[0][1]))
+        # with padding on the right, the last tokens are not those of all samples
+        most = 2 - kept.cropped if BATCHES[kept.batch][1] == "left" else 0
+        cropped = min(tokens - words, most)
+        if words + cropped:
+            kept.cache.crop(-(words + cropped))
+            kept.mask = kept.mask[:, : -(words + cropped)]
+            kept.rows = [(sample, history[: len(history) - words]) for sample, history in kept.rows]
+            kept.cropped += cropped
+
+    @rule(target=caches, kept=caches, pickled=st.booleans())
+    def duplicate(self, kept, pickled):
+        """Both are used from here on."""
+        cache = pickle.loads(pickle.dumps(kept.cache)) if pickled else copy.deepcopy(kept.cache)
+        return replace(kept, cache=cache, rows=list(kept.rows))
+
+    # -------------------------------------------------------------------------------- other hands on the model
+
+    @precondition(lambda self: not self.offloaded)
+    @rule(who=anyone, handle=st.sampled_from(("model", "wrapper")), config=configs)
+    def take_a_copy(self, who, handle, config):
+        """The copy is a stock model that can be enabled itself; the original does not notice."""
+        self.let_go()
+
+        def copied():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return copy.deepcopy(self.handles[handle])
+
+        other = self.do(who, copied)
+        other = other.wrapped if handle == "wrapper" else other
+        assert traces(other, self.family, self.is_wrapped) == []
+
+        def ask(config):
+            use = USES["left"]
+            reported = other if config is not None else None
+            got = self.do(who, lambda: calls.answer(other, self.family, use.run, reported))
+            self.compare(got, "left", State(config))
+
+        ask(None)
+        fastmmoe.enable(other, CONFIGS[config])
+        ask(config)
+        self.probe("one")
+        fastmmoe.disable(other)
+        ask(None)
+
+    @of_kind("offload", lambda self: not self.was_offloaded)
+    @rule(probe=probes)
+    def offload(self, probe):
+        from accelerate import cpu_offload
+
+        self.let_go()
+        self.is_wrapped = self._is_enabled()
+        cpu_offload(self.model, execution_device="cpu")
+        self.offloaded = self.was_offloaded = True
+        self.probe(probe)
+
+    @of_kind("offload", lambda self: self.offloaded)
+    @rule(probe=probes)
+    def bring_back(self, probe):
+        from accelerate.hooks import remove_hook_from_submodules
+
+        self.let_go()
+        self.is_wrapped |= self._is_enabled()
+        remove_hook_from_submodules(self.model)
+        self.offloaded = False
+        self.probe(probe)
+
+    def _is_enabled(self) -> bool:
+        """Anywhere, in force or not."""
+        states = [self.base, *(block.state for blocks in self.blocks.values() for block in blocks)]
+        return any(state.config is not None for state in states)
+
+    @of_kind("compiled layers", lambda self: self.compiled < 2)
+    @rule(who=threads, layer=st.integers(0, 5), name=st.sampled_from(("left", "mixed", "greedy")))
+    def compile_a_layer(self, who, layer, name):
+        self.let_go()
+        self.compiled += 1
+        module = self.model.model.language_model.layers[layer]
+        state = self.in_force(who)
+        with dynamo():
+            module.compile(backend="eager")
+            try:
+                got = self.do(who, self.asking(name, state))
+            finally:
+                vars(module).pop("_compiled_call_impl")
+        self.compare(got, name, state, exact=False)
+
+    @of_kind("compiled", lambda self: not self.compiled and self.base.config not in (None, "nothing"))
+    @rule(who=threads)
+    def compile_the_model(self, who):
+        self.let_go()
+        self.compiled += 1
+        state = self.in_force(who)
+        reported = self.model if state.config is not None else None
+        with dynamo():
+            got = self.do(who, lambda: calls.answer(self.handles["compiled"], self.family, USES["left"].run, reported))
+        self.compare(got, "left", state, exact=False)
+
+    # -------------------------------------------------------------------------------- the end
+
+    def teardown(self):
+        try:
+            if sys.exc_info()[0] is None:
+                self._leave_everything()
+        finally:
+            self.worker.end()
+
+    def _leave_everything(self):
+        """No trace is left, and the model is the stock one bit for bit."""
+        self.let_go()
+        for who in THREADS:
+            while self.blocks[who]:
+                self.leave(who, 0, False, None)
+        self.disable("main", "wrapper", None)
+        if self.offloaded:
+            self.bring_back(None)
+        assert traces(self.model, self.family, self.is_wrapped) == []
+        weights, before = self.model.state_dict(), calls.pristine(self.family).state_dict()
+        assert weights.keys() == before.keys() and all(torch.equal(weights[name], before[name]) for name in before)
+        for who in (*THREADS, "passer-by"):
+            for name in ("left", "greedy"):
+                self.check(who, name)
