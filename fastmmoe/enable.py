@@ -17,7 +17,7 @@ def enable(model: nn.Module, config: ReductionConfig) -> None:
 
     A model that is enabled already gets the new config, whichever of its modules or wrappers it is reached by. After an
     error it is as it was before the call. Threads may call one enabled model, and may enable and disable it: a forward
-    ends under the config with which it began. A copy of an enabled model is a stock model.
+    ends under the config with which it began. A deep copy of an enabled model, or one by pickle, is a stock model.
 
     Which token asks: a prompt's last one. With `logits_to_keep=k` and k > 1 the last k - 1 tokens are candidates (of
     assisted decoding) or answers to be scored, and the token in front of them asks; so logits may depend on k. With
@@ -62,11 +62,14 @@ def enabled(model: nn.Module, config: ReductionConfig) -> Iterator[nn.Module]:
     """
     _check_arguments(model, config)
     installation = installation_for(model)
-    block = installation.open_block(Plan.of(installation.family, installation.text, config))
+    plan = Plan.of(installation.family, installation.text, config)
+    block = None
     try:
+        block = installation.open_block(plan)
         yield model
     finally:
-        block.close()
+        if block is not None:
+            block.close()
 
 
 @contextmanager

@@ -20,12 +20,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def find_text_model(model: nn.Module) -> tuple[Family, nn.Module, nn.Module]:
-    """(family, text model, the multimodal model that calls it) of `model`, which may be wrapped.
-
-    Raises:
-        ValueError: no supported pair of a multimodal model and an MoE text model inside `model`, or more than one.
-    """
+def text_models(model: nn.Module) -> list[tuple[Family, nn.Module, nn.Module]]:
+    """(family, text model, the multimodal model that calls it) for every supported text model inside `model`."""
     children = ((parent, child) for parent in model.modules() for child in parent.children())
     # torch.compile wraps a module in another that answers for it
     pairs = [(parent, getattr(child, "_orig_mod", child)) for parent, child in children if hasattr(child, "layers")]
@@ -35,10 +31,20 @@ def find_text_model(model: nn.Module) -> tuple[Family, nn.Module, nn.Module]:
         for family in FAMILIES
         if (_model_type(parent), _model_type(child)) == (family.parent_type, family.text_type)
     }
+    return list(found.values())
+
+
+def find_text_model(model: nn.Module) -> tuple[Family, nn.Module, nn.Module]:
+    """(family, text model, the multimodal model that calls it) of `model`, which may be wrapped.
+
+    Raises:
+        ValueError: no supported pair of a multimodal model and an MoE text model inside `model`, or more than one.
+    """
+    found = text_models(model)
     if len(found) > 1:
         raise ValueError(f"model: holds {len(found)} supported models, expected one")
     if found:
-        return found.popitem()[1]
+        return found[0]
     config = getattr(model, "config", None)
     shown = getattr(config, "model_type", type(model).__name__)
     text_type = getattr(getattr(config, "text_config", None), "model_type", None)
@@ -87,4 +93,5 @@ __all__ = [
     "find_text_model",
     "plain_name",
     "text_config_of",
+    "text_models",
 ]

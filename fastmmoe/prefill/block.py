@@ -31,10 +31,10 @@ class Block:
 
     def close(self) -> None:
         """Leave the block; what is in force is again what was around it. In any order and from any thread."""
-        installation, self.installation = self.installation, None
+        installation = self.installation
         if installation is not None and self.layout is None:
             installation.close_block(self)
-        self.plan = self.layout = None
+        self.installation = self.plan = self.layout = None
         _INNERMOST.set(_open(_INNERMOST.get()))
 
 

@@ -21,6 +21,7 @@ class EntryPatch(Patch):
     """
 
     __slots__ = ("_names",)
+    level: int  # see `Call.at`
 
     def put(self) -> None:
         super().put()
@@ -30,7 +31,7 @@ class EntryPatch(Patch):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.live:
             return self.stock(*args, **kwargs)
-        outer = RUNNING.call, RUNNING.forward
+        outer = RUNNING.call, RUNNING.forward, RUNNING.call and RUNNING.call.at
         try:
             self.begin(dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs)
             return self.finish(self.stock(*args, **kwargs))
@@ -40,14 +41,15 @@ class EntryPatch(Patch):
     @torch.compiler.disable
     def begin(self, inputs: dict[str, Any]) -> None:
         """Before the module's forward, which gets these arguments."""
-        call = RUNNING.call
-        if call is None or call.installation is not self.installation:
+        call, RUNNING.forward = RUNNING.call, None
+        if call is None or call.installation is not self.installation or call.at >= self.level:
             plan = self.installation.plan
-            call = Call(self.installation, plan, inputs.get("inputs_embeds") is not None)
+            call = RUNNING.call = Call(self.installation, plan, inputs.get("inputs_embeds") is not None)
             if plan is not None:
                 # what it began with stays on until it ends, whoever switches meanwhile
                 self.installation.hold(plan)
-            RUNNING.call = call
+                call.held = True
+        call.at = call.entered = self.level
         self.enter(call, inputs)
 
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
@@ -57,53 +59,70 @@ class EntryPatch(Patch):
     @torch.compiler.disable
     def finish(self, output: Any) -> Any:
         """After the module's forward."""
+        call = RUNNING.call
+        if call.plan is not None and call.entered == self.level:
+            self.nothing_inside(call)
         return output
 
+    def nothing_inside(self, call: Call) -> None:
+        """The module's forward did not call the next one that ours is on.
+
+        Raises:
+            RuntimeError: it should have.
+        """
+
     @torch.compiler.disable
-    def end(self, call: Call | None, forward: ForwardPass | None) -> None:
+    def end(self, call: Call | None, forward: ForwardPass | None, at: int | None) -> None:
         """At the end, also in an error: the thread runs again what it ran before."""
         here, RUNNING.call, RUNNING.forward = RUNNING.call, call, forward
-        if here is not call and here is not None and here.plan is not None:
-            self.installation.release(here.plan)
+        if here is not call:
+            if here.held:
+                here.held = False
+                self.installation.release(here.plan)
+        elif call is not None:
+            call.at = at
 
 
 class HeadPatch(EntryPatch):
     """On the model with the language head."""
 
     __slots__ = ()
+    level = 0
 
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
         keep = inputs.get("logits_to_keep")
         # the prompt's last token asks, not the candidates or answers behind it whose logits are wanted as well
         call.back = keep - 1 if isinstance(keep, int) and keep > 1 else 0
 
+    def nothing_inside(self, call: Call) -> None:
+        raise RuntimeError("fastmmoe: no effect: the head did not call the multimodal model's module; enable it again")
+
 
 class ParentPatch(EntryPatch):
     """On the multimodal model."""
 
     __slots__ = ()
+    level = 1
 
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
         installation = self.installation
+        call.vision = None
         if installation.layout is None:
             call.vision = installation.family.vision_mask(self.module, inputs)
         if call.vision is not None and installation.blocks_open and not installation.in_block:
             _warn_of_other_blocks()
 
-    @torch.compiler.disable
-    def finish(self, output: Any) -> Any:
-        call = RUNNING.call
-        if call.vision is not None and call.plan is not None:
+    def nothing_inside(self, call: Call) -> None:
+        if call.vision is not None:
             raise RuntimeError(
                 "fastmmoe: no effect: a forward with vision tokens did not call the text model's module"
             )
-        return output
 
     @torch.compiler.disable
-    def end(self, call: Call | None, forward: ForwardPass | None) -> None:
+    def end(self, call: Call | None, forward: ForwardPass | None, at: int | None) -> None:
         if RUNNING.call is not None:
             RUNNING.call.vision = None
-        super().end(call, forward)
+        super().end(call, forward, at)
 
 
 def _warn_of_other_blocks() -> None:

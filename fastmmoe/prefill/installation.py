@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from fastmmoe.families import Family, find_text_model
+from fastmmoe.families import Family, find_text_model, text_models
 from fastmmoe.prefill.attention import AttentionPatch
 from fastmmoe.prefill.block import Block, innermost_block
 from fastmmoe.prefill.entry import HeadPatch, ParentPatch
@@ -70,8 +70,8 @@ class Installation:
 
     def set_plan(self, plan: Plan | None) -> None:
         """Put a plan, or the stock model, in force: in this thread's innermost `enabled` block, else for the model."""
-        block = innermost_block(self)
         with self._lock:
+            block = innermost_block(self)
             if plan is not None or block is not None:
                 self.hold(plan)
             if block is None:
@@ -80,6 +80,7 @@ class Installation:
                 before, block.plan = block.plan, plan
             if before is not None or block is not None:
                 self.release(before)
+            self._update()  # also what an interrupted change has left
 
     def open_block(self, plan: Plan) -> Block:
         """Enter a block with a plan."""
@@ -89,10 +90,12 @@ class Installation:
         return Block(self, plan=plan)
 
     def close_block(self, block: Block) -> None:
-        """Leave a block with a plan."""
+        """Leave a block with a plan, once."""
         with self._lock:
-            self.release(block.plan)
-            self.blocks_open -= 1
+            if block.installation is self:
+                block.installation = None
+                self.blocks_open -= 1
+                self.release(block.plan)
 
     # ---------------------------------------------------------------- what is patched
 
@@ -100,18 +103,22 @@ class Installation:
         """Take the modules as they are now, and know the heads above the text model in `model`: they tell who asks."""
         with self._lock:
             self.layers = [innermost(layer) for layer in self.text.layers]
-            for module in model.modules():
-                if "logits_to_keep" in inspect.signature(type(module).forward).parameters:
-                    if any(inner is self.text for inner in module.modules()):
-                        self._heads[id(innermost(module))] = innermost(module)
+            found = (module for module in model.modules() if _takes_logits_to_keep(module))
+            heads = [innermost(head) for head in found if any(inner is self.text for inner in head.modules())]
+            # a new dict: forwards read it
+            self._heads = self._heads | {id(head): head for head in heads}
             self._update()
 
     def hold(self, plan: Plan | None) -> None:
         """Keep the modules that a plan needs patched, until `release`: for the stock model, where calls come in."""
         with self._lock:
             self._held[plan] = self._held.get(plan, 0) + 1
-            if self._held[plan] == 1:
-                self._update()
+            try:
+                if self._held[plan] == 1:
+                    self._update()
+            except BaseException:
+                self.release(plan)
+                raise
 
     def release(self, plan: Plan | None) -> None:
         """Let go of a plan; what nobody needs any more comes off."""
@@ -119,17 +126,22 @@ class Installation:
             self._held[plan] -= 1
             if not self._held[plan]:
                 del self._held[plan]
+                if not self._held:
+                    self._heads = {}
                 self._update()
 
     def _update(self) -> None:
         points = [point for plan in self._held for point in self._points(plan)]
         wanted = {(kind, id(module)): (module, number) for kind, module, number in points}
-        for key in [key for key in self._patches if key not in wanted]:
-            self._patches.pop(key).take_off()
+        for key, patch in list(self._patches.items()):
+            if wanted.get(key, (None, None))[1] != patch.number or key not in wanted:
+                patch.take_off()
+                del self._patches[key]
         for key, (module, number) in wanted.items():
             if key not in self._patches:
-                self._patches[key] = key[0](self, module, number)
-                self._patches[key].put()
+                patch = key[0](self, module, number)
+                patch.put()
+                self._patches[key] = patch
 
     def _points(self, plan: Plan | None) -> Iterator[tuple[type, nn.Module, int | None]]:
         """What a plan patches: with what, which module, in which layer."""
@@ -180,8 +192,19 @@ class Installation:
         )
 
 
+def _takes_logits_to_keep(module: nn.Module) -> bool:
+    forward = getattr(type(module), "forward", None)  # a scripted module has none that could be asked
+    return inspect.isfunction(forward) and "logits_to_keep" in inspect.signature(forward).parameters
+
+
 def installation_of(model: nn.Module) -> Installation | None:
-    """The installation on a model, found from any module above, at or below its text model; None without one."""
+    """The installation on a model, found from any module above or at its text model, or one that it patches.
+
+    Raises:
+        ValueError: `model` holds several supported models.
+    """
+    if text_models(model):
+        return _ALL.get(id(find_text_model(model)[1]))
     for module in model.modules():
         for patch in patches_on(module):
             return patch.installation
@@ -201,6 +224,15 @@ def installation_for(model: nn.Module) -> Installation:
             installation = _ALL.get(id(found[1]))
             if installation is None:
                 installation = _ALL[id(found[1])] = Installation(*found)
+        elif any(parent is not installation.parent for _, _, parent in text_models(model)):
+            raise ValueError(
+                "model: its text model is that of another multimodal model, on which FastMMoE is enabled; disable that "
+                "one first"
+            )
+        for patch in patches_on(installation.parent):
+            if patch.installation is not installation:
+                # the text model was exchanged
+                patch.installation.set_plan(None)
     installation.see(model)
     return installation
 

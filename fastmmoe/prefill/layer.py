@@ -46,7 +46,9 @@ class LayerPatch(Patch):
         if not forward.has_vision and kwargs.get("attention_mask") is None and forward.is_full(behind):
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        kwargs["attention_mask"] = forward.attention_mask_for(behind, self.number, hidden)
+        # the cache counts by the number that the attention was made with
+        layer = getattr(self.installation.family.attention_of(self.module), "layer_idx", self.number)
+        kwargs["attention_mask"] = forward.attention_mask_for(behind, layer, hidden)
         if segment.index is not None:
             kwargs["position_embeddings"] = forward.rope(behind, hidden.device)
             # gaps in position ids look like packed sequences to flash attention, and RoPE is applied already

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+# in an additive mask; people write -1e4, which bfloat16 rounds
+HIDDEN = -9000.0
+
 
 @dataclass(frozen=True)
 class CallerMask:
@@ -35,12 +38,16 @@ class CallerMask:
         if not isinstance(mask, torch.Tensor):
             raise TypeError(f"attention_mask: expected a tensor or None, got {type(mask).__name__}")
         if mask.dim() == 2:
+            # one for a static cache is longer than what the cache will hold
+            mask = mask[:, : past + new]
             return cls(mask[:, -new:].bool(), mask, None)
         if mask.dim() != 4 or mask.shape[2] != new or mask.shape[3] < past + new or mask.shape[0] not in (1, batch):
             raise ValueError(
                 f"attention_mask: expected [{batch}, {past + new}] or [{batch}, 1, {new}, {past + new}], "
                 f"got {list(mask.shape)}"
             )
+        if mask.stride(1) == 0:
+            mask = mask[:, :1]  # one mask, shown to every head
         return cls(_valid_tokens(_sees(mask, past, new), past).expand(batch, -1), None, mask)
 
     @property
@@ -80,8 +87,8 @@ class CallerMask:
 
 
 def _visible(pairs: torch.Tensor) -> torch.Tensor:
-    """bool like a mask of pairs: what is not masked out."""
-    return pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min / 2
+    """bool like a mask of pairs: what is not masked out, be it by the lowest number or by one that leaves nothing."""
+    return pairs if pairs.dtype == torch.bool else pairs > HIDDEN
 
 
 def _sees(pairs: torch.Tensor, past: int, new: int) -> torch.Tensor:
@@ -93,17 +100,19 @@ def _sees(pairs: torch.Tensor, past: int, new: int) -> torch.Tensor:
 def _valid_tokens(sees: torch.Tensor, past: int) -> torch.Tensor:
     """bool [B or 1, n]: which tokens of a mask of pairs are no padding.
 
-    A padding token sees nothing, or, where attention could not bear that, only itself, or everything, also what comes
-    later; or it does not see itself. And no other token sees it.
+    Padding stands on a side. A padding token sees nothing, or, where attention could not bear that, only itself, or
+    everything, also what comes later; or it does not see itself. And no other token sees it.
     """
     new = sees[..., past:]
     itself = new.diagonal(dim1=1, dim2=2)
     place = torch.arange(new.shape[1], device=new.device)
     everything = sees.all(-1) & (place < new.shape[1] - 1)
     odd = ~itself | (sees.sum(-1) <= 1) | everything
-    valid = ~odd | (new & ~odd.unsqueeze(-1)).any(1)
-    # a token alone in its row
-    return torch.where(valid.any(1, keepdim=True), valid, itself)
+    unseen = odd & ~(new & ~odd.unsqueeze(-1)).any(1)
+    left = unseen.long().cumprod(1).bool()
+    right = unseen.flip(1).long().cumprod(1).flip(1).bool()
+    # a token alone in its row is none
+    return torch.where(unseen.all(1, keepdim=True), itself, ~(left | right))
 
 
 def cut_pairs(pairs: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, keys: int) -> torch.Tensor:

@@ -141,6 +141,26 @@ def read_masked_layout(
     return _layout_of_row(vision[0], lengths).to(device), mask, True
 
 
+def read_positioned_layout(vision_mask: torch.Tensor, positions: torch.Tensor) -> tuple[VisionLayout, bool]:
+    """Describe a row whose position ids may begin anew, each time with another sample. Its prefill's one host read.
+
+    Args:
+        vision_mask: bool [1, n], true at vision tokens.
+        positions: int [1, n].
+
+    Returns:
+        (layout on the device of `vision_mask`, whether it is that of several samples).
+    """
+    device = vision_mask.device
+    vision, positions = torch.stack((vision_mask.long(), positions.to(device))).cpu()
+    begins = [0, *((positions[0].diff() != 1).nonzero().flatten() + 1).tolist()]
+    if len(begins) == 1:
+        return VisionLayout.from_mask(vision.bool()).to(device), False
+    ends = [*begins[1:], vision.shape[1]]
+    lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    return _layout_of_row(vision[0].bool(), lengths).to(device), True
+
+
 def pack_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A padded batch, as a processor returns it, without its padding: inputs of one prefill that is not decoded from.
 

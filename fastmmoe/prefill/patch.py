@@ -6,6 +6,7 @@ is still its own; where something else stands on top of it, it stays below and d
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ class Patch:
             del attributes["forward"]
         if attributes.get(REDUCE) is self._reduce:
             del attributes[REDUCE]
+        self._reduce = None  # no cycle stays
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -76,6 +78,8 @@ class Patch:
     @property
     def is_bare(self) -> bool:
         """Whether the class's own forward stands below."""
+        if isinstance(self._before, Patch):  # one that is off
+            return self._before.is_bare
         return self._before is None or getattr(self._before, "__func__", None) is type(self.module).forward
 
     @property
@@ -109,12 +113,61 @@ class Patch:
         return (own_forward, (self.module,)) if self._before is None else (_itself, (self._before,))
 
 
+class HookPatch:
+    """Runs behind one module's forward and behind every other hook on it: what it gets is what the module makes.
+
+    Attributes:
+        installation, module, number, part, live: as in `Patch`.
+    """
+
+    __slots__ = ("installation", "module", "number", "live", "_handle", "_reduce")
+    part = "module"
+
+    def __init__(self, installation: "Installation", module: nn.Module, number: int):
+        self.installation, self.module, self.number = installation, module, number
+        self.live = False
+
+    def put(self) -> None:
+        self._handle = self.module.register_forward_hook(self)
+        self._reduce = vars(self.module)[REDUCE] = _StockReduce(self)
+        self.live = True
+
+    def take_off(self) -> None:
+        self.live = False
+        self._handle.remove()
+        if vars(self.module).get(REDUCE) is self._reduce:
+            del vars(self.module)[REDUCE]
+        self._reduce = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is on the module; it goes behind the hooks that have come since."""
+        hooks = self.module._forward_hooks
+        if self._handle.id not in hooks:
+            return False
+        hooks.move_to_end(self._handle.id)
+        return True
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        raise NotImplementedError
+
+    def stock_attributes(self) -> dict[str, Any]:
+        """The module's attributes as they are without this hook."""
+        attributes = {name: value for name, value in vars(self.module).items() if value is not self._reduce}
+        hooks = attributes["_forward_hooks"].items()
+        attributes["_forward_hooks"] = OrderedDict((key, hook) for key, hook in hooks if hook is not self)
+        return attributes
+
+    def copied(self) -> None:
+        """Called when a copy of the module is made."""
+
+
 class _StockReduce:
     """Lets a patched module be copied, by deepcopy or pickle, as what it is without the patch."""
 
     __slots__ = ("patch",)
 
-    def __init__(self, patch: Patch):
+    def __init__(self, patch: Patch | HookPatch):
         self.patch = patch
 
     def __call__(self, protocol: int) -> tuple:
@@ -163,6 +216,11 @@ class ConfigPatch:
         self.live = False
 
     def put(self) -> None:
+        if "config" not in vars(self.module):
+            raise ValueError(
+                f"model: layer {self.number}'s {self.part} ({type(self.module).__name__}) has no config of its own to "
+                "ask; expected transformers' attention module"
+            )
         self._config = vars(self.module)["config"]
         self._computed = ComputedConfig(self._config, self.attribute, self)
         vars(self.module)["config"] = self._computed
@@ -182,13 +240,16 @@ class ConfigPatch:
         raise NotImplementedError
 
 
-def patches_on(module: nn.Module) -> list[Patch | ConfigPatch]:
+AnyPatch = Patch | HookPatch | ConfigPatch
+
+
+def patches_on(module: nn.Module) -> list[AnyPatch]:
     """The patches whose traces a module carries, and that are on."""
     attributes = vars(module)
     found = [attributes.get(name) for name in FORWARDS]
     found += [getattr(attributes.get(REDUCE), "patch", None), attributes.get("config")]
     found = [vars(trace)["_patch"] if isinstance(trace, ComputedConfig) else trace for trace in found]
-    return [patch for patch in found if isinstance(patch, (Patch, ConfigPatch)) and patch.live]
+    return [patch for patch in found if isinstance(patch, AnyPatch) and patch.live]
 
 
 def own_forward(module: nn.Module) -> Callable:

@@ -16,8 +16,14 @@ from fastmmoe_kernels import gate_routing, topk_routing
 class GatePatch(Patch):
     """Chooses experts: fewer for vision tokens, none for padding."""
 
-    __slots__ = ()
+    __slots__ = ("_is_known",)
     part = "gate"
+
+    def put(self) -> None:
+        super().put()
+        # of the family's class, whatever loads or adapts its weight
+        name = type(self.module).__name__.removeprefix("Parametrized")
+        self._is_known = self.is_bare and name == self.installation.family.gate_class
 
     def __call__(self, hidden: torch.Tensor, *args: Any) -> Any:
         forward = RUNNING.forward
@@ -25,6 +31,8 @@ class GatePatch(Patch):
             return self.stock(hidden, *args)
         family, config = self.installation.family, forward.plan.config
         vision, padding = forward.token_masks(hidden.device)
+        if vision.shape[0] != hidden.shape[:-1].numel():
+            return self.stock(hidden, *args)  # somebody asks it about other tokens
         options = dict(
             vision_mask=vision,
             vision_top_k=config.vision_top_k,
@@ -36,22 +44,65 @@ class GatePatch(Patch):
         if self.is_bare and is_linear(self.module, hidden, family):
             routing = gate_routing(hidden.reshape(-1, hidden.shape[-1]), self.module.weight, **options)
             return family.gate_output(routing.logits, routing)
-        logits = self.stock(hidden, *args)[0]
+        logits, *chosen = self.stock(hidden, *args)
+        if not self._is_known:
+            self._check_choice(logits, *chosen[:2])
         return family.gate_output(logits, topk_routing(logits, **options))
+
+    def _check_choice(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        """Refuse a gate whose own choice does not follow from its logits as the family's does. Waits for the device.
+
+        Once: what it does for one batch it does for all.
+
+        Raises:
+            RuntimeError: weights [T, K] and ids [T, K] are not those of the logits [T, E].
+        """
+        routing = topk_routing(logits, **self.installation.family.routing_options(self.module), backend="torch")
+        # in order: of experts that tie, as at padding, another one may be chosen
+        chosen = [
+            torch.stack((logits.float().gather(1, to.long()).sort(1).values, share.float().sort(1).values))
+            for to, share in ((ids, weights), (routing.ids, routing.weights))
+        ]
+        if not torch.allclose(*chosen, rtol=2e-2, atol=1e-2):
+            raise RuntimeError(
+                f"model: layer {self.number}'s gate ({type(self.module).__name__}) does not choose experts by its "
+                f"logits as {self.installation.family.gate_class} does; fewer experts are not supported with it"
+            )
+        self._is_known = True
 
 
 class ExpertsPatch(Patch):
     """Runs the chosen experts, and none in the slots that were left empty."""
 
-    __slots__ = ()
+    __slots__ = ("_is_known",)
     part = "experts"
+
+    def put(self) -> None:
+        super().put()
+        self._is_known = self.is_bare
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         forward = RUNNING.forward
         if forward is None or not _reduces_here(forward, self):
             return self.stock(hidden, ids, weights)
         forward.experts.append(self.number)
-        return run_experts(self.module, hidden, ids, weights, forward.plan.config.backend)
+        output = run_experts(self.module, hidden, ids, weights, forward.plan.config.backend)
+        if not self._is_known:
+            self._check_output(output, self.stock(hidden, ids.clamp_max(len(self.module.down_proj) - 1), weights))
+        return output
+
+    def _check_output(self, output: torch.Tensor, stock: torch.Tensor) -> None:
+        """Refuse experts under whose replaced forward something else comes out. Waits for the device, once.
+
+        Raises:
+            RuntimeError: it is not what the module's weights make of the tokens.
+        """
+        if not torch.allclose(output.float(), stock.float(), rtol=2e-2, atol=2e-2 * stock.float().abs().max().item()):
+            raise RuntimeError(
+                f"model: the forward of layer {self.number}'s experts ({type(self.module).__name__}) was replaced and "
+                "computes something else; fewer experts are not supported with it"
+            )
+        self._is_known = True
 
 
 def _reduces_here(forward: ForwardPass, patch: Patch) -> bool:

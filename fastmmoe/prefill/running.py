@@ -20,15 +20,22 @@ class Call:
         installation: of the text model inside.
         plan: what is in force, from here to the end of the call; None: nothing.
         by_embeddings: the caller gave embeddings in place of ids.
+        at: the module that the call is in: 0 the head, 1 the multimodal model, 2 the text model. What is called in it
+            from further up is a call of its own.
+        entered: the innermost module that the call has come to.
         back: how many tokens the asking token lies in front of a sample's last token.
-        vision: the vision mask, on its way from the multimodal model to its text model.
+        vision: the vision mask of the multimodal model that the call is in.
+        held: the plan is kept on until the call ends.
     """
 
     installation: "Installation"
     plan: "Plan | None"
     by_embeddings: bool
+    at: int = -1
+    entered: int = -1
     back: int = 0
     vision: torch.Tensor | None = None
+    held: bool = False
 
 
 class Running(threading.local):

@@ -4,13 +4,11 @@ The layer adds what the MoE returns to its own, longer residual stream. So the s
 are left, and the layer, which gets zeros, is made to return it (`layer.py`).
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from fastmmoe.methods.method import StageInput
-from fastmmoe.prefill.patch import Patch
+from fastmmoe.prefill.patch import HookPatch, Patch
 from fastmmoe.prefill.routing import gate_probs
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment, Stage
@@ -32,16 +30,16 @@ class NormPatch(Patch):
         return pruned.hidden
 
 
-class MoEPatch(Patch):
+class MoEPatch(HookPatch):
     """Adds what the MoE makes of the tokens that are left to their residual stream."""
 
     __slots__ = ()
     part = "MoE"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output, stage = self.stock(*args, **kwargs), _stage_at(self)
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        stage = _stage_at(self)
         if stage is None:
-            return output
+            return None
         if stage.residual is None:
             raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {self.number}"))
         stage.short = stage.residual + output.view_as(stage.residual)
@@ -49,7 +47,7 @@ class MoEPatch(Patch):
         return output.new_zeros(()).expand(*longer, output.shape[-1])
 
 
-def _stage_at(patch: Patch) -> Stage | None:
+def _stage_at(patch: Patch | HookPatch) -> Stage | None:
     """The stage that the forward under way runs in front of the MoE, if it has anything to prune there."""
     forward = RUNNING.forward
     if forward is None or not patch.live or forward.installation is not patch.installation:

@@ -10,7 +10,7 @@ from fastmmoe.prefill.attention import register_capture
 from fastmmoe.prefill.cache import CacheState, forget, state_of
 from fastmmoe.prefill.entry import EntryPatch
 from fastmmoe.prefill.masks import CallerMask
-from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout
+from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout, read_positioned_layout
 from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.running import RUNNING, Call
 from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment
@@ -21,6 +21,7 @@ class TextPatch(EntryPatch):
     """On the text model."""
 
     __slots__ = ()
+    level = 2
 
     def copied(self) -> None:
         warnings.warn(
@@ -28,7 +29,9 @@ class TextPatch(EntryPatch):
         )
 
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
-        vision, call.vision = call.vision, None
+        vision = call.vision
+        if vision is not None and tuple(vision.shape) != _shape(inputs)[:2]:
+            vision = None  # not the forward that the multimodal model was called for
         RUNNING.forward = self._forward_pass(call, inputs, vision)
 
     # ---------------------------------------------------------------- what a forward is
@@ -61,6 +64,8 @@ class TextPatch(EntryPatch):
             packed = False
             if mask.pairs is not None and plan.stages:
                 layout, mask, packed = read_masked_layout(vision, mask, past)
+            elif plan.stages and self._may_hold_samples(inputs):
+                layout, packed = read_positioned_layout(vision, inputs["position_ids"])
             else:
                 valid = None if mask.valid is None else mask.valid.to(vision.device)
                 layout = VisionLayout.from_mask(vision, valid)
@@ -72,6 +77,13 @@ class TextPatch(EntryPatch):
         # one token per sample is a decode step; it would not be decoded if it were padding
         segment = Segment(valid, n == 1 or mask.valid is None)
         return ForwardPass(self.installation, plan, self.module.config, [segment], cache, past, state, mask)
+
+    def _may_hold_samples(self, inputs: dict[str, Any]) -> bool:
+        """Whether transformers takes a row for several samples where its position ids begin anew."""
+        use_cache, positions = inputs.get("use_cache"), inputs.get("position_ids")
+        use_cache = self.module.config.use_cache if use_cache is None else use_cache
+        absent = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None and not use_cache
+        return absent and positions is not None and positions.dim() == 2 and positions.shape[0] == 1
 
     def _packed(
         self, plan: Plan, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None
@@ -107,6 +119,8 @@ class TextPatch(EntryPatch):
         if not any(layout.n_vision):
             return None
         mask = CallerMask.of(inputs.get("attention_mask"), 0, n, batch)
+        if mask.pairs is not None and call.plan.stages:
+            raise ValueError("attention_mask: expected a 2D mask within fixed_layout where tokens are pruned, got 4D")
         return self._prefill(call, inputs, layout.to(device), cache, 0, None, mask)
 
     def _prefill(
