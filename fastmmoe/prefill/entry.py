@@ -49,6 +49,8 @@ class EntryPatch(Patch):
                 # what it began with stays on until it ends, whoever switches meanwhile
                 self.installation.hold(plan)
                 call.held = True
+        if call.plan is not None and 0 <= call.at < self.level - 1:
+            self.gone_past()
         call.at = call.entered = self.level
         self.enter(call, inputs)
 
@@ -70,6 +72,13 @@ class EntryPatch(Patch):
         Raises:
             RuntimeError: it should have.
         """
+
+    @staticmethod
+    def gone_past() -> None:
+        """Refuse a head that does not go through the multimodal model's forward as it was enabled."""
+        raise RuntimeError(
+            "fastmmoe: no effect: the head did not call the multimodal model as it was enabled; enable it again"
+        )
 
     @torch.compiler.disable
     def end(self, call: Call | None, forward: ForwardPass | None, at: int | None) -> None:
@@ -95,7 +104,7 @@ class HeadPatch(EntryPatch):
         call.back = keep - 1 if isinstance(keep, int) and keep > 1 else 0
 
     def nothing_inside(self, call: Call) -> None:
-        raise RuntimeError("fastmmoe: no effect: the head did not call the multimodal model's module; enable it again")
+        self.gone_past()
 
 
 class ParentPatch(EntryPatch):

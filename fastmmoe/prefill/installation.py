@@ -107,6 +107,10 @@ class Installation:
             heads = [innermost(head) for head in found if any(inner is self.text for inner in head.modules())]
             # a new dict: forwards read it
             self._heads = self._heads | {id(head): head for head in heads}
+            for key, patch in list(self._patches.items()):
+                if not patch.is_on_top:
+                    patch.take_off()
+                    del self._patches[key]
             self._update()
 
     def hold(self, plan: Plan | None) -> None:

@@ -57,14 +57,21 @@ class CallerMask:
             return torch.zeros((), dtype=torch.bool)
         return (_visible(self.pairs) & (self.pairs != 0)).any()
 
-    def as_keys(self, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(whether a mask of pairs is causal attention to some keys, bool; those keys, bool [B, past + n])."""
+    def as_keys(self, past: int, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(whether a mask of pairs is causal attention to some keys, bool; those keys, bool [B, past + n]).
+
+        Args:
+            starts: bool [B, n], where samples begin that see nothing of each other.
+        """
         valid = self.valid
         sees = _sees(self.pairs, past, valid.shape[1]).expand(len(valid), -1, -1)
         old = (sees[..., :past] & valid.unsqueeze(-1)).any(1)
         keys = torch.cat((old, valid), 1)
         place = torch.arange(keys.shape[1], device=keys.device)
         causal = keys.unsqueeze(1) & (place <= place[past:].unsqueeze(-1))
+        if not past:
+            sample = starts.cumsum(1)
+            causal = causal & (sample.unsqueeze(1) == sample.unsqueeze(2))
         return ((sees == causal) | ~valid.unsqueeze(-1)).all(), keys
 
     def sample_starts(self, valid: torch.Tensor) -> torch.Tensor:

@@ -106,15 +106,15 @@ def read_masked_layout(
         past: tokens in front of the n.
 
     Returns:
-        (layout on the device of `vision_mask`, the mask, without pairs if it is a causal one, whether the layout is
-        that of several samples in one row).
+        (layout on the device of `vision_mask`; the mask, without pairs where each sample's attention is causal;
+        whether the layout is that of several samples in one row).
 
     Raises:
         ValueError: a mask under which it is not clear what the asking token attends to, or where samples begin.
     """
     device, valid = vision_mask.device, mask.valid
-    is_causal, keys = mask.as_keys(past)
     starts = torch.zeros_like(valid) if past else mask.sample_starts(valid)
+    is_causal, keys = mask.as_keys(past, starts)
     flags = (flag.expand_as(valid) for flag in (is_causal, mask.is_biased))
     read = torch.stack([vision_mask, *(row.to(device) for row in (valid, starts, *flags))])
     vision, valid, starts, is_causal, biased = read.cpu()
@@ -138,6 +138,7 @@ def read_masked_layout(
     begins = starts[0].nonzero().flatten().tolist()
     ends = [*begins[1:], vision.shape[1]]
     lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    mask = CallerMask(None, None, None) if is_causal.all() else mask
     return _layout_of_row(vision[0], lengths).to(device), mask, True
 
 

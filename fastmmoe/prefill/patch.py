@@ -76,6 +76,11 @@ class Patch:
         return any(name in vars(self.module) for name in FORWARDS)
 
     @property
+    def is_on_top(self) -> bool:
+        """Whether nothing else stands on top of it, but for offloading."""
+        return any(vars(self.module).get(name) is self for name in FORWARDS)
+
+    @property
     def is_bare(self) -> bool:
         """Whether the class's own forward stands below."""
         if isinstance(self._before, Patch):  # one that is off
@@ -147,6 +152,10 @@ class HookPatch:
             return False
         hooks.move_to_end(self._handle.id)
         return True
+
+    @property
+    def is_on_top(self) -> bool:
+        return self.is_there
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         raise NotImplementedError
@@ -234,6 +243,10 @@ class ConfigPatch:
     @property
     def is_there(self) -> bool:
         return vars(self.module).get("config") is self._computed
+
+    @property
+    def is_on_top(self) -> bool:
+        return self.is_there
 
     def computed(self, value: Any) -> Any:
         """The attribute in place of its `value`."""

@@ -48,10 +48,10 @@ def test_valid_tokens_and_samples(row):
     n = pairs.shape[-1]
     mask = CallerMask.of(pairs, 0, n, 1)
     assert mask.valid[0].tolist() == [left <= i < n - right for i in range(n)]
-    starts = [left + sum(lengths[:k]) for k in range(len(lengths))]
-    assert mask.sample_starts(mask.valid)[0].nonzero().flatten().tolist() == starts
-    is_causal, keys = mask.as_keys(0)
-    assert bool(is_causal) == (len(lengths) == 1 and not any(both_ways))
+    starts = mask.sample_starts(mask.valid)
+    assert starts[0].nonzero().flatten().tolist() == [left + sum(lengths[:k]) for k in range(len(lengths))]
+    is_causal, keys = mask.as_keys(0, starts)
+    assert bool(is_causal) == (not any(both_ways))
     assert keys.tolist() == mask.valid.tolist()
     assert not mask.is_biased
 
@@ -77,3 +77,17 @@ def test_weights_of_their_own_are_found():
     assert not CallerMask.of(pairs, 0, 3, 1).is_biased
     pairs[0, 0, 2, 0] = -1.5
     assert CallerMask.of(pairs, 0, 3, 1).is_biased
+
+
+def test_a_token_alone_between_samples_is_no_padding():
+    pairs = pairs_of([3, 1, 2], [False] * 3, 2, 0, "itself", False)
+    mask = CallerMask.of(pairs, 0, 8, 1)
+    assert mask.valid[0].tolist() == [False] * 2 + [True] * 6
+    assert mask.sample_starts(mask.valid)[0].nonzero().flatten().tolist() == [2, 5, 6]
+
+
+def test_a_longer_mask_is_read_from_its_beginning():
+    """For a static cache it has its length, and zeros or ones behind."""
+    for behind in (0, 1):
+        mask = CallerMask.of(torch.tensor([[0, 1, 1, 1, behind, behind]]), 1, 3, 1)
+        assert mask.valid.tolist() == [[True] * 3] and mask.keys.tolist() == [[0, 1, 1, 1]]
