@@ -55,8 +55,8 @@ def enabled(model: nn.Module, config: ReductionConfig) -> Iterator[nn.Module]:
 
     A block counts for the thread or asyncio task that entered it, as those of torch do; blocks of several may overlap.
     A thread that is started within a block is in none: it runs what `enable` made of the model, with a warning; start
-    it by `contextvars.copy_context().run`, or enter a block in it. `enable` and `disable` within a block change what is
-    in force in that block.
+    it by `contextvars.copy_context().run`, or enter a block in it. A generator that is suspended within a block leaves it
+    open to whoever runs the generator. `enable` and `disable` within a block change what is in force in that block.
 
     Raises: as `enable`.
     """
