@@ -25,7 +25,8 @@ def enable(model: nn.Module, config: ReductionConfig) -> None:
     `inputs_embeds` without vision features runs on the stock model, with a warning: see `fixed_layout`.
 
     Args:
-        model: a supported multimodal MoE model from transformers, in evaluation mode.
+        model: a supported multimodal MoE model from transformers, in evaluation mode; with its language head, since
+            `logits_to_keep` is not known below.
         config: what to reduce, see `FastMMoEConfig`; `FastMMoEConfig.preset(model, retention=0.5)` for a start. Another
             one of `fastmmoe.methods` prunes as other methods do.
 
@@ -55,8 +56,8 @@ def enabled(model: nn.Module, config: ReductionConfig) -> Iterator[nn.Module]:
 
     A block counts for the thread or asyncio task that entered it, as those of torch do; blocks of several may overlap.
     A thread that is started within a block is in none: it runs what `enable` made of the model, with a warning; start
-    it by `contextvars.copy_context().run`, or enter a block in it. A generator that is suspended within a block leaves it
-    open to whoever runs the generator. `enable` and `disable` within a block change what is in force in that block.
+    it by `contextvars.copy_context().run`, or enter a block in it. A generator that is suspended within a block leaves
+    it open to whoever runs the generator. `enable` and `disable` within a block change what is in force in that block.
 
     Raises: as `enable`.
     """
