@@ -14,16 +14,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 import fastmmoe
-from fastmmoe import FastMMoEConfig
+from fastmmoe import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
 from fastmmoe_kernels import VisionLayout
 
 from .tiny import FIRST_WORD, IMAGE_TOKEN, tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_batch, tiny_deepseek_vl2
-
-try:
-    from fastmmoe import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
-except ImportError:
-    from fastmmoe.baselines import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
 
 FAMILIES = {"internvl": tiny_internvl, "deepseek_vl2": partial(tiny_deepseek_vl2, "base")}
 
