@@ -175,19 +175,20 @@ class Installation:
         Raises:
             RuntimeError: names what was exchanged.
         """
-        layers = [innermost(layer) for layer in self.text.layers]
-        if len(layers) != len(self.layers):
-            raise RuntimeError(
-                f"fastmmoe: no effect: the model has {len(layers)} layers, and had {len(self.layers)} when it was "
-                "enabled; enable it again"
-            )
-        for number, (layer, known) in enumerate(zip(layers, self.layers, strict=True)):
-            if layer is not known:
-                self._exchanged(f"layer {number}")
-        for kind, module, number in self._points(plan):
-            patch = self._patches.get((kind, id(module)))
-            if patch is None or not patch.is_there:
-                self._exchanged(type(module).__name__ if number is None else f"layer {number}'s {kind.part}")
+        with self._lock:
+            layers = [innermost(layer) for layer in self.text.layers]
+            if len(layers) != len(self.layers):
+                raise RuntimeError(
+                    f"fastmmoe: no effect: the model has {len(layers)} layers, and had {len(self.layers)} when it was "
+                    "enabled; enable it again"
+                )
+            for number, (layer, known) in enumerate(zip(layers, self.layers, strict=True)):
+                if layer is not known:
+                    self._exchanged(f"layer {number}")
+            for kind, module, number in self._points(plan):
+                patch = self._patches.get((kind, id(module)))
+                if patch is None or not patch.is_there:
+                    self._exchanged(type(module).__name__ if number is None else f"layer {number}'s {kind.part}")
 
     @staticmethod
     def _exchanged(what: str) -> None:

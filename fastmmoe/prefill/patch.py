@@ -239,10 +239,16 @@ class ConfigPatch:
         self.live = False
         if vars(self.module).get("config") is self._computed:
             vars(self.module)["config"] = self._config
+        self._computed = None  # no cycle stays
 
     @property
     def is_there(self) -> bool:
-        return vars(self.module).get("config") is self._computed
+        config = vars(self.module).get("config")
+        while isinstance(config, ComputedConfig):
+            if config is self._computed:
+                return True
+            config = vars(config)["_config"]  # of another installation that shares the module
+        return False
 
     @property
     def is_on_top(self) -> bool:

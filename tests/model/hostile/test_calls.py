@@ -104,13 +104,14 @@ def test_a_multimodal_model_whose_forward_was_taken_off_is_an_error(model, famil
     assert torch.equal(logits_of(model, batch_of(family)), stock_logits(family))
 
 
-def test_models_that_share_layers(model, family):
+@pytest.mark.parametrize("theirs", ["experts", "both", "prune"])
+def test_models_that_share_layers(model, family, theirs):
     other = fresh(family)
     text_of(other).layers = text_of(model).layers
     fastmmoe.enable(model, config_of("both"))
-    fastmmoe.enable(other, config_of("experts"))
+    fastmmoe.enable(other, config_of(theirs))
     assert torch.equal(logits_of(model, batch_of(family)), enabled_logits(family, "both"))
-    assert torch.equal(logits_of(other, batch_of(family)), enabled_logits(family, "experts"))
+    assert torch.equal(logits_of(other, batch_of(family)), enabled_logits(family, theirs))
     fastmmoe.disable(other)
     assert torch.equal(logits_of(model, batch_of(family)), enabled_logits(family, "both"))
     assert torch.equal(logits_of(other, batch_of(family)), stock_logits(family))
