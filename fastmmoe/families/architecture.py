@@ -69,7 +69,7 @@ class Architecture:
             moe_intermediate_size=width,
             intermediate_size=getattr(config, "intermediate_size", None) or 0,
             shared_intermediate_size=shared,
-            dense_layers=_dense_layers(config),
+            dense_layers=dense_layers(config),
             **_head_dims(config),
         )
 
@@ -110,7 +110,7 @@ def _head_dims(config: Any) -> dict[str, int]:
     }
 
 
-def _dense_layers(config: Any) -> frozenset[int]:
+def dense_layers(config: Any) -> frozenset[int]:
     """Layers without experts, by whichever of the families' conventions the config follows."""
     layers = range(config.num_hidden_layers)
     kinds = getattr(config, "mlp_layer_types", None)

@@ -77,6 +77,7 @@ DEEPSEEK_VL2 = Family(
     title="DeepSeek-VL2",
     parent_type="deepseek_vl_v2",
     text_type="deepseek_v2",
+    features=("images",),
     vision_mask=_vision_mask,
     routing_options=lambda gate: {
         "top_k": gate.top_k,
@@ -92,11 +93,11 @@ DEEPSEEK_VL2 = Family(
         supported="DeepSeek-VL2 (a model or config of type deepseek_vl_v2; the names deepseek-vl2, "
         "deepseek-vl2-small, deepseek-vl2-tiny)",
         names=r"deepseek-vl2(-small|-tiny)?",
-        model_types=("deepseek_vl_v2",),
         num_experts_per_tok=6,
         prune_layers=(2, 5, 8),
         alpha=0.3,
         merge_ratio=0.05,
+        official=True,
     ),
     # hub names that start with one are found too, so a name stands in front of its own start
     architectures={

@@ -4,10 +4,20 @@ import re
 from typing import Any
 
 
+def configs_of(model_or_config: Any) -> tuple[Any, Any]:
+    """(multimodal model's config, its text model's) of a transformers model or config; a text model's own is both."""
+    config = getattr(model_or_config, "config", model_or_config)
+    inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    for composite in (config, *inner):
+        text_config = getattr(composite, "text_config", None)
+        if text_config is not None:
+            return composite, text_config
+    return config, config
+
+
 def text_config_of(model_or_config: Any) -> Any:
     """The text model's config of a transformers model or (composite) config."""
-    config = getattr(model_or_config, "config", model_or_config)
-    return getattr(config, "text_config", None) or config
+    return configs_of(model_or_config)[1]
 
 
 def plain_name(name: str) -> str:

@@ -55,9 +55,7 @@ def tilings(model_config: Any, processor: Any, images: Sequence[Image]) -> list[
     family = _family_of(model_config.model_type)
     if family is None or family.tilings is None:
         known = " or ".join(f"{f.title}'s" for f in FAMILIES if f.tilings is not None)
-        raise ValueError(
-            f"processor: expected {known}, whose tiles are known here, got {type(processor).__name__}"
-        )
+        raise ValueError(f"processor: expected {known}, whose tiles are known here, got {type(processor).__name__}")
     return family.tilings(processor, images)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmmoe.families.architecture import Architecture
-from fastmmoe.families.family import Family, Preset, placeholder_mask
+from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.tiling import Tiling
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ INTERNVL_QWEN3_MOE = Family(
     title="InternVL",
     parent_type="internvl",
     text_type="qwen3_moe",
-    vision_mask=placeholder_mask(lambda config: (config.image_token_id,), ("pixel_values", "mm_encoder_outputs")),
+    placeholders=("image_token_id",),
+    features=("pixel_values", "mm_encoder_outputs"),
     routing_options=lambda gate: {
         "top_k": gate.top_k,
         "scoring": "softmax",
@@ -73,11 +74,11 @@ INTERNVL_QWEN3_MOE = Family(
         "internvl3.5-30b-a3b, internvl3.5-241b-a28b)",
         # the family's other sizes are dense or have another K
         names=r"internvl3\.5(-(30b-a3b|241b-a28b)(-.*)?)?",
-        model_types=("internvl", "qwen3_moe"),
         num_experts_per_tok=8,
         prune_layers=(5, 8, 12),
         alpha=0.5,
         merge_ratio=0.025,
+        official=True,
     ),
     # the same language model
     architectures={"internvl3.5-30b-a3b": _QWEN3_30B_A3B, "qwen3-vl-30b-a3b": _QWEN3_30B_A3B},

@@ -89,21 +89,25 @@ class FastMMoEConfig(StagedConfig):
         """
         family, text_config = find_preset(model_or_name)
         row = family.preset
-        top_k = row.num_experts_per_tok if text_config is None else getattr(text_config, "num_experts_per_tok", None)
+        top_k = row.num_experts_per_tok if text_config is None else getattr(text_config, family.top_k, None)
         if top_k is None:
             raise ValueError(
-                f"model_or_name: {type(model_or_name).__name__} has no experts (num_experts_per_tok), expected a MoE "
+                f"model_or_name: {type(model_or_name).__name__} has no experts ({family.top_k}), expected a MoE "
                 "text model"
             )
 
         values: dict[str, Any] = {
-            "vision_top_k": max(1, top_k // 2),
+            "vision_top_k": None if top_k == 1 else top_k // 2,
             "retention": retention,
             "alpha": row.alpha,
             "merge_ratio": row.merge_ratio,
         }
         if retention != 1.0 or overrides.get("keep_ratios") is not None:
-            values["prune_layers"] = row.prune_layers
+            is_scaled = text_config is not None and not row.official
+            layers = family.preset_layers(text_config) if is_scaled else row.prune_layers
+            if not layers and "prune_layers" not in overrides:
+                raise ValueError(f"retention={retention}: {family.title} cannot prune: {family.why_not_prune(text_config, 0)}")
+            values["prune_layers"] = layers
         config = cls(**(values | overrides))
         if text_config is not None:
             config.check_model(text_config.num_hidden_layers, top_k)
@@ -177,7 +181,6 @@ class FastMMoEPruning(Pruning):
             tokens.gate_probs(tokens.hidden),
             tokens.seen,
             tokens.layout,
-            rope=tokens.rope,
             source=tokens.source,
             keep_ratio=config.stage_keep_ratios[tokens.stage],
             merge_ratio=config.merge_ratio,

@@ -80,6 +80,7 @@ class _FastVPruning(Pruning):
             scale=call.scale,
             key_mask=call.key_mask,
             visible=call.visible,
+            sinks=call.sinks,
             back=call.back,
         )
         return received[:, call.key.shape[2] - call.query.shape[2] :].contiguous()
@@ -97,6 +98,7 @@ def received_attention(
     scale: float,
     key_mask: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     back: int = 0,
     chunk: int = CHUNK,
 ) -> torch.Tensor:
@@ -106,7 +108,7 @@ def received_attention(
     never an n x n matrix.
 
     Args:
-        query, key, scale, key_mask, visible: as in `attention_rows`.
+        query, key, scale, key_mask, visible, sinks: as in `attention_rows`.
         layout: of the n new tokens.
         back: how many tokens at a sample's end are no query rows.
 
@@ -117,5 +119,5 @@ def received_attention(
     positions = last_positions(layout, counts, back)
     total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
     for part in positions.split(chunk, dim=1):
-        total += attention_rows(query, key, part, scale=scale, key_mask=key_mask, visible=visible).sum(1)
+        total += attention_rows(query, key, part, scale=scale, key_mask=key_mask, visible=visible, sinks=sinks).sum(1)
     return total / layout.device_table((counts,)).view(-1, 1)

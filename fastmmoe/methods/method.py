@@ -46,7 +46,9 @@ class AttentionCall:
         scale: factor of the logits.
         layout: of the n new tokens.
         key_mask: bool [B, keys], true at valid keys; None: all are valid.
-        visible: bool [B, n, keys], which keys each new token sees; None: the valid ones up to itself.
+        visible: bool [B, Hm, n, keys], which keys each new token sees, Hm being 1 or a divisor of Hq; None: the valid
+            ones up to itself.
+        sinks: floating [Hq], logits of keys without a value, one per head; None: there are none.
         back: how many tokens at a sample's end are candidates or answers: the token in front of them asks.
     """
 
@@ -56,6 +58,7 @@ class AttentionCall:
     layout: VisionLayout
     key_mask: torch.Tensor | None
     visible: torch.Tensor | None
+    sinks: torch.Tensor | None
     back: int
 
 
@@ -71,7 +74,7 @@ class StageInput:
         seen: what `Pruning.look` returned; None if it does not look.
         prompt: what `Pruning.read_prompt` returned.
         gate_probs: hidden [B, n, H] -> the gate's probabilities, float32 [B, n, E]. Not for a layer without experts.
-        rope, source: as in `prune_batch`.
+        source: as in `prune_batch`.
     """
 
     stage: int
@@ -81,7 +84,6 @@ class StageInput:
     seen: torch.Tensor | None
     prompt: torch.Tensor | None
     gate_probs: Callable[[torch.Tensor], torch.Tensor]
-    rope: tuple[torch.Tensor, torch.Tensor]
     source: torch.Tensor | None
 
 
@@ -130,14 +132,14 @@ def last_row(call: AttentionCall, backend: str) -> torch.Tensor:
     keys = call.key.shape[2]
     if layout.padding_side == "left":
         asking = query[:, :, n - 1 - back]  # [B, Hq, D]
-        visible = None if call.visible is None else call.visible[:, n - 1 - back]  # [B, keys]
+        visible = None if call.visible is None else call.visible[:, :, n - 1 - back]  # [B, Hm, keys]
     else:
         last = tuple(length - 1 - back for length in layout.lengths)
         last = layout.device_table((last,)).long().view(-1, 1, 1, 1)
         asking = query.gather(2, last.expand(-1, heads, 1, width))[:, :, 0]
-        visible = None if call.visible is None else call.visible.gather(1, last[:, 0].expand(batch, 1, keys))[:, 0]
-    if visible is not None:
-        mask = visible if mask is None else mask & visible
+        visible = call.visible
+        if visible is not None:
+            visible = visible.gather(2, last.expand(-1, visible.shape[1], 1, keys))[:, :, 0]
     if back:
         # candidates behind the asking token are no keys of its row
         ends = tuple(
@@ -145,7 +147,10 @@ def last_row(call: AttentionCall, backend: str) -> torch.Tensor:
         )
         seen = torch.arange(keys, device=query.device) < layout.device_table((ends,)).view(-1, 1)
         mask = seen if mask is None else mask & seen
-    row = last_query_attention(asking, call.key, scale=call.scale, key_mask=mask, backend=backend)
+    if visible is not None:
+        mask = visible if mask is None else mask.unsqueeze(1) & visible
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask.contiguous()
+    row = last_query_attention(asking, call.key, scale=call.scale, key_mask=mask, sinks=call.sinks, backend=backend)
     return row[:, keys - n :].contiguous()
 
 
@@ -159,7 +164,6 @@ def keep_best(
         importance.new_zeros(*importance.shape, 1),
         importance,
         tokens.layout,
-        rope=tokens.rope,
         source=tokens.source,
         targets=targets,
         # nothing is merged, so no redundancy is asked for

@@ -161,7 +161,13 @@ class _SparseVLMPruning(Pruning):
         """Attention rows of the question's words, float32 [B, T, n]."""
         words = question_positions(call.layout, call.back)
         rows = attention_rows(
-            call.query, call.key, words, scale=call.scale, key_mask=call.key_mask, visible=call.visible
+            call.query,
+            call.key,
+            words,
+            scale=call.scale,
+            key_mask=call.key_mask,
+            visible=call.visible,
+            sinks=call.sinks,
         )
         return rows[:, :, call.key.shape[2] - call.query.shape[2] :]
 
@@ -173,7 +179,7 @@ class _SparseVLMPruning(Pruning):
         else:
             ranks = (None,) * layout.batch_size
         counts = tuple(config.counts_at(tokens.stage, n, rank) for n, rank in zip(layout.n_vision, ranks, strict=True))
-        return sparsify(tokens.hidden, scores, layout, counts, rope=tokens.rope, source=tokens.source)
+        return sparsify(tokens.hidden, scores, layout, counts, source=tokens.source)
 
 
 def question_positions(layout: VisionLayout, back: int = 0) -> torch.Tensor:
@@ -288,7 +294,6 @@ def sparsify(
     layout: VisionLayout,
     counts: tuple[SparseCounts, ...],
     *,
-    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     source: torch.Tensor | None = None,
 ) -> PrunedBatch:
     """Shorten a batch: keep the best vision tokens and all text, and recycle the best of the rest.
@@ -302,7 +307,7 @@ def sparsify(
         scores: float32 [B, n], read at vision tokens.
         layout: where they are.
         counts: one per sample.
-        rope, source: as in `prune_batch`.
+        source: as in `prune_batch`.
 
     Returns:
         As `prune_batch` does, a cluster in the place of a merged window and its centre in that of the window's first
@@ -371,7 +376,6 @@ def sparsify(
             run_rank=run_rank,
         ),
         valid=is_token,
-        rope=None if rope is None else tuple(shorten(table.expand(hidden.shape[0], -1, -1)) for table in rope),
     )
 
 

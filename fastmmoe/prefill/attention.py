@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastmmoe.families.kinds import FULL
 from fastmmoe.methods.method import AttentionCall
+from fastmmoe.prefill.masks import visible_pairs
 from fastmmoe.prefill.patch import ConfigPatch
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
@@ -38,7 +40,7 @@ def capturing_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Look at query [B, Hq, n, D] and key [B, Hkv, kv, D], then run the model's own attention."""
     # from here on the config gives the real answer: flash attention reads `module.config._attn_implementation` again
-    _look(RUNNING.forward, query, key, kwargs["scaling"])
+    _look(RUNNING.forward, query, key, kwargs["scaling"], attention_mask, kwargs.get("s_aux"))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager_of(type(module)))
     return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -75,7 +77,14 @@ def register_capture(implementation: str) -> None:
         ALL_ATTENTION_FUNCTIONS.register(name, capturing_attention)
 
 
-def _look(forward: ForwardPass, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+def _look(
+    forward: ForwardPass,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    attention_mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
     """Let the pruning look at a prune layer's attention."""
     behind, packing = len(forward.segments) - 1, forward.segments[-1].packing
     if query.dtype != key.dtype:
@@ -83,12 +92,24 @@ def _look(forward: ForwardPass, query: torch.Tensor, key: torch.Tensor, scale: f
         common = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(common), key.to(common)
     mask = None if forward.is_full(behind) else forward.key_mask(behind, key.device)
-    visible = forward.visible(behind, key.device)
+    # a static cache is longer than its contents
+    keys = forward.key_count(behind)
+    if forward.stage.kind == FULL:
+        visible = forward.visible(behind, key.device)
+    elif forward.text_config._attn_implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"model: expected attn_implementation 'eager' or 'sdpa', whose masks say which keys a token of a "
+            f"{forward.stage.kind} layer sees, got {str(forward.text_config._attn_implementation)!r}"
+        )
+    elif attention_mask is None:
+        visible = None
+    else:
+        # the layer itself chose which keys each token sees
+        visible = visible_pairs(attention_mask[..., :keys]).expand(query.shape[0], -1, -1, -1)
     if packing is not None:
         query, key = packing.pad(query, dim=2), packing.pad(key, dim=2)
         visible = None if visible is None else packing.pad_pairs(visible)
-    # a static cache is longer than its contents
-    key = key[:, :, : forward.key_count(behind)]
+    key = key[:, :, :keys]
     layout = forward.segments[-1].layout.to(query.device)
-    call = AttentionCall(query, key, scale, layout, mask, visible, forward.back)
+    call = AttentionCall(query, key, scale, layout, mask, visible, sinks, forward.back)
     forward.stage.seen = forward.plan.pruning.look(call)

@@ -21,9 +21,7 @@ class Block:
         outer: the block around it.
     """
 
-    def __init__(
-        self, installation: "Installation", plan: Plan | None = None, layout: VisionLayout | None = None
-    ):
+    def __init__(self, installation: "Installation", plan: Plan | None = None, layout: VisionLayout | None = None):
         self.installation: Installation | None = installation
         self.plan, self.layout = plan, layout
         self.outer = _open(_INNERMOST.get())

@@ -33,14 +33,15 @@ class EntryPatch(Patch):
             return self.stock(*args, **kwargs)
         outer = RUNNING.call, RUNNING.forward, RUNNING.call and RUNNING.call.at
         try:
-            self.begin(dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs)
+            args, kwargs = self.begin(args, kwargs)
             return self.finish(self.stock(*args, **kwargs))
         finally:
             self.end(*outer)
 
     @torch.compiler.disable
-    def begin(self, inputs: dict[str, Any]) -> None:
-        """Before the module's forward, which gets these arguments."""
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the module's forward, which is called with these arguments, and gets those returned."""
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
         call, RUNNING.forward = RUNNING.call, None
         if call is None or call.installation is not self.installation or call.at >= self.level:
             plan = self.installation.plan
@@ -53,6 +54,7 @@ class EntryPatch(Patch):
             self.gone_past()
         call.at = call.entered = self.level
         self.enter(call, inputs)
+        return args, kwargs
 
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
         """What the call under way learns here."""
@@ -99,9 +101,7 @@ class HeadPatch(EntryPatch):
     level = 0
 
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
-        keep = inputs.get("logits_to_keep")
-        # the prompt's last token asks, not the candidates or answers behind it whose logits are wanted as well
-        call.back = keep - 1 if isinstance(keep, int) and keep > 1 else 0
+        call.back = _tokens_behind(inputs)
 
     def nothing_inside(self, call: Call) -> None:
         self.gone_past()
@@ -116,22 +116,28 @@ class ParentPatch(EntryPatch):
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
         installation = self.installation
         call.vision = None
+        if "logits_to_keep" in self._names:
+            call.back = _tokens_behind(inputs)  # it is its own head
         if installation.layout is None:
-            call.vision = installation.family.vision_mask(self.module, inputs)
+            call.vision = installation.family.find_vision(self.module, inputs)
         if call.vision is not None and installation.blocks_open and not installation.in_block:
             _warn_of_other_blocks()
 
     def nothing_inside(self, call: Call) -> None:
         if call.vision is not None:
-            raise RuntimeError(
-                "fastmmoe: no effect: a forward with vision tokens did not call the text model's module"
-            )
+            raise RuntimeError("fastmmoe: no effect: a forward with vision tokens did not call the text model's module")
 
     @torch.compiler.disable
     def end(self, call: Call | None, forward: ForwardPass | None, at: int | None) -> None:
         if RUNNING.call is not None:
             RUNNING.call.vision = None
         super().end(call, forward, at)
+
+
+def _tokens_behind(inputs: dict[str, Any]) -> int:
+    """How many candidates or answers, whose logits are wanted too, stand behind the prompt's last token, which asks."""
+    keep = inputs.get("logits_to_keep")
+    return keep - 1 if isinstance(keep, int) and keep > 1 else 0
 
 
 def _warn_of_other_blocks() -> None:

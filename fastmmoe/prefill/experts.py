@@ -1,4 +1,11 @@
-"""`experts_implementation="fastmmoe"`: this package's grouped GEMMs behind transformers' ExpertsInterface."""
+"""Experts that run on the choice of `routing.py`: by this package's grouped GEMMs, or the model's own, pair by pair.
+
+Also `experts_implementation="fastmmoe"`, the grouped GEMMs behind transformers' ExpertsInterface.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +29,51 @@ def fastmmoe_experts(
 
 
 def run_experts(
-    experts: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, backend: str
+    experts: nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    backend: str,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> torch.Tensor:
     """Run `moe_experts` on a transformers experts module: [T, H], [T, K], [T, K] -> [T, H]; ids >= E are skipped."""
-    return moe_experts(hidden, experts.gate_up_proj, experts.down_proj, ids, weights, backend=backend)
+    gate_up = experts.gate_up_proj if getattr(experts, "has_gate", True) else experts.up_proj
+    projections = (gate_up, experts.down_proj)
+    if getattr(experts, "is_transposed", False):
+        projections = (projection.mT for projection in projections)
+    return moe_experts(hidden, *projections, ids, weights, **options, backend=backend)
 
 
-def check_experts(experts: nn.Module) -> None:
+def run_pairs(
+    experts: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    num_experts: int,
+    pairs: int,
+) -> torch.Tensor:
+    """Run a model's own experts on one row per token and active expert.
+
+    Args:
+        experts: (hidden [P, H], ids int64 [P, 1], weights [P, 1]) -> [P, H].
+        hidden: [T, H].
+        ids: int [T, K], inactive slots hold `num_experts`.
+        weights: [T, K].
+        pairs: how many slots are active; the host knows it from the layout, and need not wait for the device.
+
+    Returns:
+        [T, H] in hidden's dtype.
+    """
+    num_tokens, top_k = ids.shape
+    active = (ids >= num_experts).flatten().byte().argsort(stable=True)[:pairs]  # [P]
+    rows = experts(
+        hidden[active // top_k], ids.flatten()[active].long().unsqueeze(1), weights.flatten()[active].unsqueeze(1)
+    )
+    slots = rows.new_zeros(num_tokens * top_k, rows.shape[1]).index_copy_(0, active, rows)
+    return slots.view(num_tokens, top_k, -1).sum(1)
+
+
+def check_experts(experts: nn.Module, options: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Refuse an experts module of which it is not known that `moe_experts` computes the same.
 
     Raises:

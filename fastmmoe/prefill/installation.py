@@ -20,7 +20,7 @@ from fastmmoe.prefill.layer import LayerPatch
 from fastmmoe.prefill.patch import ConfigPatch, Patch, innermost, patches_on
 from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
-from fastmmoe.prefill.stage import MoEPatch, NormPatch
+from fastmmoe.prefill.stage import MoEArgumentsPatch, MoEPatch, NormPatch
 from fastmmoe.prefill.text import TextPatch
 from fastmmoe_kernels import VisionLayout
 
@@ -104,7 +104,8 @@ class Installation:
         with self._lock:
             self.layers = [innermost(layer) for layer in self.text.layers]
             found = (module for module in model.modules() if _takes_logits_to_keep(module))
-            heads = [innermost(head) for head in found if any(inner is self.text for inner in head.modules())]
+            above = (head for head in found if any(inner is self.parent for inner in head.modules()))
+            heads = [head for head in map(innermost, above) if head is not self.parent]
             # a new dict: forwards read it
             self._heads = self._heads | {id(head): head for head in heads}
             for key, patch in list(self._patches.items()):
@@ -165,6 +166,8 @@ class Installation:
                 if not plan.config.prunes_behind_layer:
                     yield NormPatch, innermost(family.norm_of(layer)), number
                     yield MoEPatch, innermost(family.moe_of(layer)), number
+                    if family.per_token:
+                        yield MoEArgumentsPatch, innermost(family.moe_of(layer)), number
             if number in plan.reduced:
                 yield GatePatch, innermost(family.gate_of(layer)), number
                 yield ExpertsPatch, innermost(family.experts_of(layer)), number

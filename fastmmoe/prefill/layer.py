@@ -1,7 +1,10 @@
-"""A decoder layer at or behind the first prune layer: what is left of mask and RoPE, and what it returns."""
+"""A decoder layer at or behind the first prune layer: what is left of its arguments, and what it returns."""
 
 from typing import Any
 
+import torch
+
+from fastmmoe.families.kinds import layer_kind
 from fastmmoe.prefill.patch import Patch
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Stage
@@ -19,15 +22,15 @@ class LayerPatch(Patch):
             return self.stock(*args, **kwargs)
         number, plan = self.number, forward.plan
         behind = sum(prune_layer < number for prune_layer in plan.stages)
-        self._shorten_arguments(forward, behind, args, kwargs)
+        cut = self._shorten_arguments(forward, behind, args, kwargs)
         if not (forward.has_vision and number in plan.stages):
-            return self.stock(*args, **kwargs)
+            return self._injected(forward, self.stock(*args, **kwargs))
         # the text model makes the cache itself if it was not given one
         forward.cache = kwargs.get("past_key_values", forward.cache)
         if not plan.pruning.prunes(plan.stages[number], forward.segments[-1].layout):
             forward.segments.append(forward.segments[-1])
-            return self.stock(*args, **kwargs)
-        stage = forward.stage = Stage(plan.stages[number], kwargs["position_embeddings"])
+            return self._injected(forward, self.stock(*args, **kwargs))
+        stage = forward.stage = Stage(plan.stages[number], layer_kind(forward.text_config, number), cut)
         output = self.stock(*args, **kwargs)
         if plan.config.prunes_behind_layer:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -35,25 +38,60 @@ class LayerPatch(Patch):
         forward.stage = None
         if stage.short is None:
             raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {number}"))
-        return (stage.short, *output[1:]) if isinstance(output, tuple) else stage.short
+        short = (stage.short, *output[1:]) if isinstance(output, tuple) else stage.short
+        return self._injected(forward, short)
 
-    def _shorten_arguments(self, forward: ForwardPass, behind: int, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Give the layer, which is behind so many prune layers, the mask and the RoPE tables of the tokens left."""
-        segment = forward.segment(behind)
+    def _injected(self, forward: ForwardPass, output: Any) -> Any:
+        """The layer's output, with what the model adds behind it to vision tokens."""
+        if isinstance(output, tuple):
+            return (forward.inject(self.number, output[0]), *output[1:])
+        return forward.inject(self.number, output)
+
+    def _shorten_arguments(
+        self, forward: ForwardPass, behind: int, args: tuple, kwargs: dict[str, Any]
+    ) -> list[tuple[Any, Any]]:
+        """Give the layer, which is behind so many prune layers, the arguments of the tokens that are left.
+
+        Returns:
+            the arguments that the MoE is handed on, as (what the layer gets, what it was cut from).
+        """
+        family, segment = self.installation.family, forward.segment(behind)
+        per_token = {name: kwargs.get(name) for name in family.per_token}
+        unchanged = [(value, value) for value in per_token.values()]
         if segment.index is None and forward.state is None:
-            return
+            return unchanged
         # decoding without padding is the stock path
-        if not forward.has_vision and kwargs.get("attention_mask") is None and forward.is_full(behind):
-            return
+        is_decoding = not forward.has_vision and kwargs.get("attention_mask") is None and forward.is_full(behind)
+        if is_decoding and family.positions != "slot":
+            return unchanged
         hidden = args[0] if args else kwargs["hidden_states"]
-        # the cache counts by the number that the attention was made with
-        layer = getattr(self.installation.family.attention_of(self.module), "layer_idx", self.number)
-        kwargs["attention_mask"] = forward.attention_mask_for(behind, layer, hidden)
-        if segment.index is not None:
-            kwargs["position_embeddings"] = forward.rope(behind, hidden.device)
-            # gaps in position ids look like packed sequences to flash attention, and RoPE is applied already
+        kind = layer_kind(forward.text_config, self.number)
+        if not is_decoding:
+            kwargs["attention_mask"] = forward.attention_mask_for(behind, kind, self._cache_layer, hidden)
+        if family.positions == "slot":
+            kwargs["position_ids"] = forward.slots(behind, hidden.device)
+        if segment.index is None:
+            return unchanged
+
+        def cut(name: str, value: Any, dim: int = 1) -> Any:
+            return forward.gathered(name, kind, behind, value, dim)
+
+        kwargs["position_embeddings"] = cut("position_embeddings", kwargs.get("position_embeddings"))
+        if family.positions == "source":
+            kwargs["position_ids"] = cut("position_ids", kwargs.get("position_ids"), -1)
+        elif family.positions == "none":
+            # gaps in position ids look like packed sequences to flash attention
             kwargs["position_ids"] = None
+        shorter = {name: cut(name, value) for name, value in per_token.items()}
+        kwargs.update({name: value for name, value in shorter.items() if name in kwargs})
         if segment.packing is not None and forward.mask.pairs is None:
             bounds, longest = segment.packing.bounds, max(segment.layout.lengths)
             kwargs |= dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
             kwargs |= dict(max_length_q=longest, max_length_k=longest)
+        return [(shorter[name], value) for name, value in per_token.items()]
+
+    @property
+    def _cache_layer(self) -> int:
+        """The number by which the cache knows the layer: that which its attention was made with."""
+        attention: torch.nn.Module | None = self.module._modules.get(self.installation.family.attention)
+        return getattr(attention, "layer_idx", self.number)

@@ -146,5 +146,5 @@ def cut_pairs(pairs: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, ke
 
 
 def visible_pairs(pairs: torch.Tensor) -> torch.Tensor:
-    """bool [B, n, keys] of a mask of pairs that is the same for all heads."""
-    return _visible(pairs)[:, 0]
+    """bool [B, heads or 1, n, keys] of a mask of pairs."""
+    return _visible(pairs)

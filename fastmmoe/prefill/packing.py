@@ -56,9 +56,9 @@ class Packing:
         return rows.unflatten(dim - 1, self.row.shape).movedim(dim - 1, 0)
 
     def pad_pairs(self, packed: torch.Tensor) -> torch.Tensor:
-        """[1, T, T] -> [S, W, W]; padding holds some token's values."""
+        """[1, 1, T, T] -> [S, 1, W, W]; padding holds some token's values."""
         row = self.row.to(packed.device)
-        return packed[0][row.unsqueeze(2), row.unsqueeze(1)]
+        return packed[0, 0][row.unsqueeze(2), row.unsqueeze(1)].unsqueeze(1)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """[S, W, ...] -> [1, T, ...]."""
@@ -93,9 +93,7 @@ def _layout_of_row(vision: torch.Tensor, lengths: list[int]) -> VisionLayout:
     return VisionLayout.from_mask(padded, valid)
 
 
-def read_masked_layout(
-    vision_mask: torch.Tensor, mask: CallerMask, past: int
-) -> tuple[VisionLayout, CallerMask, bool]:
+def read_masked_layout(vision_mask: torch.Tensor, mask: CallerMask, past: int) -> tuple[VisionLayout, CallerMask, bool]:
     """Describe a batch to be pruned whose attention mask says of every pair of tokens whether one sees the other.
 
     The one host read of its prefill.

@@ -41,9 +41,7 @@ class Plan:
             ValueError, RuntimeError: what would fail, or silently do nothing, in a forward; names the argument.
         """
         if text.training:
-            raise ValueError(
-                "model: expected a model in evaluation mode, got one in training mode; call model.eval()"
-            )
+            raise ValueError("model: expected a model in evaluation mode, got one in training mode; call model.eval()")
         resolve_backend(config.backend, next(text.parameters()))
         layers = [innermost(layer) for layer in text.layers]
         moe = [number for number, layer in enumerate(layers) if family.is_moe(layer)]
@@ -52,13 +50,11 @@ class Plan:
         for number in config.prune_layers:
             if number < len(layers) and number not in moe and not config.prunes_behind_layer:
                 raise ValueError(f"prune_layers: layer {number} is not a MoE layer")
-        window = getattr(text.config, "sliding_window", None)
-        if config.prune_layers and window is not None:
-            raise ValueError(
-                f"prune_layers: pruning is not supported with sliding window attention (sliding_window={window}); "
-                "vision_top_k alone is"
-            )
-        top_k = family.routing_options(innermost(family.gate_of(layers[moe[0]])))["top_k"]
+            if number < len(layers) and (reason := family.why_not_prune(text.config, number)):
+                raise ValueError(f"prune_layers: layer {number} of {family.title} cannot prune: {reason}")
+        if config.vision_top_k is not None and (reason := family.expert_obstacle(text.config)):
+            raise ValueError(f"vision_top_k: {family.title}'s vision tokens cannot take fewer experts: {reason}")
+        top_k = getattr(text.config, family.top_k)
         config.check_model(len(layers), top_k)
         reduced: tuple[int, ...] = ()
         if config.vision_top_k is not None and config.vision_top_k < top_k:
@@ -67,7 +63,8 @@ class Plan:
                 raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
-            check_experts(experts)
+            if family.expert_options is not None and (options := family.expert_options(experts)) is not None:
+                check_experts(experts, options)
             if getattr(experts, "_is_expert_parallel", False):
                 raise ValueError("model: expert parallelism is not supported together with vision_top_k")
         return cls(config, config.pruning(), {layer: stage for stage, layer in enumerate(config.prune_layers)}, reduced)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastmmoe.families import Family
-from fastmmoe.prefill.experts import run_experts
+from fastmmoe.prefill.experts import run_experts, run_pairs
 from fastmmoe.prefill.patch import Patch, innermost
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
@@ -29,25 +29,30 @@ class GatePatch(Patch):
         forward = RUNNING.forward
         if forward is None or not _reduces_here(forward, self):
             return self.stock(hidden, *args)
-        family, config = self.installation.family, forward.plan.config
-        vision, padding = forward.token_masks(hidden.device)
-        if vision.shape[0] != hidden.shape[:-1].numel():
-            return self.stock(hidden, *args)  # somebody asks it about other tokens
+        family, config, gate = self.installation.family, forward.plan.config, self.module
+        if family.vision_only:
+            vision, padding = hidden.new_ones(hidden.shape[:-1].numel(), dtype=torch.bool), None
+        else:
+            vision, padding = forward.token_masks(hidden.device)
+            if vision.shape[0] != hidden.shape[:-1].numel():
+                return self.stock(hidden, *args)  # somebody asks it about other tokens
         options = dict(
             vision_mask=vision,
             vision_top_k=config.vision_top_k,
             padding_mask=padding,
             backend=config.backend,
-            **family.routing_options(self.module),
+            **family.routing_options(gate, *args),
         )
         forward.gates.append(self.number)
-        if self.is_bare and is_linear(self.module, hidden, family):
-            routing = gate_routing(hidden.reshape(-1, hidden.shape[-1]), self.module.weight, **options)
-            return family.gate_output(routing.logits, routing)
-        logits, *chosen = self.stock(hidden, *args)
+        if self.is_bare and is_linear(gate, hidden, family):
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            routing = gate_routing(flat, gate.weight, **family.linear(gate), **options)
+            return family.gate_output(gate, routing.logits, routing)
+        output = self.stock(hidden, *args)
+        logits = family.logits(output)
         if not self._is_known:
-            self._check_choice(logits, *chosen[:2])
-        return family.gate_output(logits, topk_routing(logits, **options))
+            self._check_choice(logits, *output[1:3])
+        return family.gate_output(gate, logits, topk_routing(logits, **options))
 
     def _check_choice(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
         """Refuse a gate whose own choice does not follow from its logits as the family's does. Waits for the device.
@@ -86,7 +91,16 @@ class ExpertsPatch(Patch):
         if forward is None or not _reduces_here(forward, self):
             return self.stock(hidden, ids, weights)
         forward.experts.append(self.number)
-        output = run_experts(self.module, hidden, ids, weights, forward.plan.config.backend)
+        family = self.installation.family
+        options = None if family.expert_options is None else family.expert_options(self.module)
+        if options is None:
+            top_k = ids.shape[1]
+            if family.vision_only:
+                pairs = len(ids) * forward.plan.config.vision_top_k
+            else:
+                pairs = forward.active_pairs(top_k)
+            return run_pairs(self.stock, hidden, ids, weights, self.module.num_experts, pairs)
+        output = run_experts(self.module, hidden, ids, weights, forward.plan.config.backend, options)
         if not self._is_known:
             self._check_output(output, self.stock(hidden, ids.clamp_max(len(self.module.down_proj) - 1), weights))
         return output
@@ -116,20 +130,22 @@ def _reduces_here(forward: ForwardPass, patch: Patch) -> bool:
 
 
 def gate_probs(
-    forward: ForwardPass, gate: nn.Module, hidden: torch.Tensor, family: Family, backend: str
+    forward: ForwardPass, layer: nn.Module, hidden: torch.Tensor, family: Family, backend: str
 ) -> torch.Tensor:
-    """A gate's probabilities beside its own choice, float32 [B, n, E], for hidden [B, n, H]."""
+    """A layer's gate's probabilities beside its own choice, float32 [B, n, E], for hidden [B, n, H]."""
+    gate, args = family.gate_of(layer), family.gate_arguments(family.moe_of(layer))
     inside = innermost(gate)
-    flat, options = hidden.reshape(-1, hidden.shape[-1]), family.routing_options(inside)
+    flat, options = hidden.reshape(-1, hidden.shape[-1]), family.routing_options(inside, *args)
     patch = vars(gate).get("forward")
     is_bare = inside is gate and (patch is None or isinstance(patch, Patch) and patch.is_bare)
     if is_bare and is_linear(gate, hidden, family):
+        options |= family.linear(gate)
         probs = gate_routing(flat, gate.weight, **options, return_probs=True, backend=backend).probs
     else:
         forward.probing = True
         try:
             # forward, not __call__: output recorders should not see this extra pass
-            logits = gate.forward(flat)[0].float()
+            logits = family.logits(gate.forward(flat, *args)).float()
         finally:
             forward.probing = False
         probs = logits.softmax(-1) if options["scoring"] == "softmax" else logits.sigmoid()
@@ -139,13 +155,15 @@ def gate_probs(
 def is_linear(gate: nn.Module, hidden: torch.Tensor, family: Family) -> bool:
     """Whether a gate's logits are its weight times hidden.
 
-    It is the family's own class, with nothing in or around it, no bias, and its weight is at hand.
+    It is the family's own class, with nothing in or around it, no parameters but those that the family tells of, and
+    its weight is at hand.
     """
     weight = gate._parameters.get("weight")
+    if family.linear is None or type(gate).__name__ != family.gate_class or weight is None:
+        return False
+    known = {id(weight), *map(id, family.linear(gate).values())}
     return (
-        type(gate).__name__ == family.gate_class
-        and weight is not None
-        and all(other is weight or other is None for other in gate._parameters.values())
+        all(other is None or id(other) in known for other in gate._parameters.values())
         and not gate._modules
         and weight.device == hidden.device
         and weight.dtype == hidden.dtype

@@ -1,13 +1,15 @@
 """The state of one forward pass: what each stretch of layers sees of the batch, and what its cache must remember."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, packed_sequence_mask_function
 
+from fastmmoe.families.kinds import RECURRENT
 from fastmmoe.prefill.cache import CacheState, remember
 from fastmmoe.prefill.masks import CallerMask, cut_pairs, visible_pairs
 from fastmmoe.prefill.packing import Packing
@@ -30,7 +32,6 @@ class Segment:
         layout: where the vision tokens are; None in a forward without vision tokens.
         index: int64 [B, n'], position of each token among the forward's input, -1 at padding; None: the input itself.
         merged: bool [B, n'], tokens that the prune stage in front of this stretch merged, for the report.
-        rope: RoPE tables (cos, sin) [B, n', D] of the survivors, at their original positions; None: the forward's own.
         packing: where these tokens stand in the layers' one row [1, T'], in a packed batch.
     """
 
@@ -39,7 +40,6 @@ class Segment:
     layout: VisionLayout | None = None
     index: torch.Tensor | None = None
     merged: torch.Tensor | None = None
-    rope: tuple[torch.Tensor, ...] | None = None
     packing: Packing | None = None
 
     @classmethod
@@ -50,9 +50,7 @@ class Segment:
     def after(cls, pruned: PrunedBatch, packed: bool = False) -> "Segment":
         """The segment behind a prune stage."""
         packing = Packing.of(pruned.layout) if packed else None
-        return cls(
-            pruned.valid, pruned.layout.is_full, pruned.layout, pruned.index, pruned.merged, pruned.rope, packing
-        )
+        return cls(pruned.valid, pruned.layout.is_full, pruned.layout, pruned.index, pruned.merged, packing)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,14 +64,16 @@ class Stage:
 
     Attributes:
         number: of the stage, from 0.
-        rope: RoPE tables (cos, sin) of the tokens that enter.
+        kind: of the layer's attention.
+        per_token: what the layer gets for every token of its input, and what it was cut from.
         seen: what the pruning took from the layer's attention call; None before it.
         residual: the residual stream in front of the MoE, of the tokens that are left.
         short: the layer's output once tokens are pruned; None before.
     """
 
     number: int
-    rope: tuple[torch.Tensor, ...]
+    kind: str
+    per_token: list[tuple[Any, Any]]
     seen: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     short: torch.Tensor | None = None
@@ -92,6 +92,9 @@ class ForwardPass:
         mask: the caller's.
         back: how many tokens the query of the attention row lies in front of a sample's last token.
         prompt: what the pruning read of the forward's input embeddings.
+        injected: (bool [B, n], features [V, H] of those tokens per layer), what is added to vision tokens behind the
+            first layers; None: nothing.
+        injects_from: the first layer behind which it is added here; before, the stock model adds it.
         stage: the prune layer under way, if it has tokens to prune.
         probing: a gate is asked for its probabilities: it does not choose experts.
         gates, experts: layers whose gate gave vision tokens fewer experts, and whose experts ran on that choice.
@@ -107,6 +110,8 @@ class ForwardPass:
     mask: CallerMask
     back: int = 0
     prompt: torch.Tensor | None = None
+    injected: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+    injects_from: int = 0
     stage: Stage | None = None
     probing: bool = False
     gates: list[int] = field(default_factory=list)
@@ -144,6 +149,32 @@ class ForwardPass:
         if self.state is not None:
             return full and self.state.prefixes[number][1] and self.state.full_since
         return full and (self.past == 0 or (self.mask.keys is None and self.mask.pairs is None))
+
+    def slots(self, number: int, device: torch.device) -> torch.Tensor:
+        """int64 [1, n']: place of each new token of these layers among their keys."""
+        keys = self.key_count(number)
+        return torch.arange(keys - self.segment(number).valid.shape[1], keys, device=device).unsqueeze(0)
+
+    def active_pairs(self, top_k: int) -> int:
+        """How many pairs of a token and an expert the last segment has, vision tokens taking fewer."""
+        layout = self.segments[-1].layout
+        n_vision = sum(layout.n_vision)
+        return (sum(layout.lengths) - n_vision) * top_k + n_vision * self.plan.config.vision_top_k
+
+    def inject(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Add to what leaves a layer [rows, n', H] the features of the vision tokens that are left.
+
+        A merged token takes those of the token it stands at.
+        """
+        if self.injected is None or not self.injects_from <= layer < len(self.injected[1]):
+            return hidden
+        number = sum(prune_layer <= layer for prune_layer in self.plan.stages)
+        mask, features = self.injected[0].to(hidden.device), self.injected[1][layer].to(hidden.device, hidden.dtype)
+        row = mask.flatten().cumsum(0).view_as(mask) - 1  # of the features
+        if self.segment(number).index is not None:
+            mask = self._gather(mask, number, 1) & (self.row_tokens(number, hidden.device) >= 0)
+            row = self._gather(row, number, 1)
+        return hidden + features[row.clamp_min(0)].masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def token_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(vision tokens, padding or None without any) of the last segment, bool [T] each over all samples' tokens."""
@@ -191,7 +222,7 @@ class ForwardPass:
         return self.key_tokens(number, device) >= 0
 
     def visible(self, number: int, device: torch.device) -> torch.Tensor | None:
-        """bool [rows, n', keys]: which keys each new token of these layers sees; None: the valid ones up to itself."""
+        """bool [rows, 1, n', keys]: which keys each new token of these layers sees; None: the valid ones up to it."""
         if self.mask.pairs is None:
             return None
         return visible_pairs(self._cut_pairs(number, device, None))
@@ -215,50 +246,77 @@ class ForwardPass:
         row = self.segments[0].packing.row.to(device)
         return segment.packing.pack(row.gather(1, segment.index.to(device).clamp_min(0)))
 
-    def attention_mask_for(self, number: int, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """The mask of a layer behind `number` prune layers, in the form its attention implementation takes."""
-        key = ("mask", number, hidden.device)
+    def attention_mask_for(self, number: int, kind: str, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a layer behind `number` prune layers, in the form its attention takes.
+
+        Args:
+            kind: of the layer's attention.
+            layer: its number in the cache.
+            hidden: [B, n', H], the layer's input.
+        """
+        key = ("mask", kind, number, hidden.device)
         if key not in self._memo:
-            self._memo[key] = self._attention_mask(number, layer, hidden)
+            self._memo[key] = self._attention_mask(number, kind, layer, hidden)
         return self._memo[key]
 
-    def _attention_mask(self, number: int, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        packing = self.segment(number).packing
+    def _attention_mask(self, number: int, kind: str, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        segment = self.segment(number)
+        if kind in RECURRENT:
+            # padding must not enter the state
+            return None if segment.is_full else segment.valid.to(hidden.device)
         if self.mask.pairs is not None:
             keys = None if self.cache is None else self.cache.get_mask_sizes(hidden.shape[1], layer)[0]
             return self._cut_pairs(number, hidden.device, keys)
-        if packing is not None:
+        make = self.installation.family.masks.get(kind) or LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+        options: dict = {"config": self.text_config, "inputs_embeds": hidden}
+        if segment.packing is not None:
             # flash attention goes by cu_seq_lens
             if "flash" in self.text_config._attn_implementation:
                 return None
-            sample = packing.sample.to(hidden.device).unsqueeze(0)
-            return create_causal_mask(
-                config=self.text_config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None,
-                and_mask_function=packed_sequence_mask_function(sample),
-                allow_is_causal_skip=False,
-            )
-        full = self.is_full(number)
-        return create_causal_mask(
-            config=self.text_config,
-            inputs_embeds=hidden,
-            attention_mask=None if full else self.key_mask(number, hidden.device),
-            past_key_values=self.cache,
-            layer_idx=layer,
+            sample = segment.packing.sample.to(hidden.device).unsqueeze(0)
+            options |= {"attention_mask": None, "past_key_values": None, "allow_is_causal_skip": False}
+            options["and_mask_function"] = packed_sequence_mask_function(sample)
+        else:
             # that there is padding is known here: transformers would read the device to find out
-            allow_is_causal_skip=full,
-        )
+            full = self.is_full(number)
+            options["attention_mask"] = None if full else self.key_mask(number, hidden.device)
+            options |= {"past_key_values": self.cache, "layer_idx": layer, "allow_is_causal_skip": full}
+        return make(**(options | getattr(make, "keywords", {})))
 
-    def rope(self, number: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """RoPE tables [B, n, D] of the layers behind `number` prune layers."""
-        key = ("rope", number, device)
-        if key not in self._memo:
-            segment = self.segment(number)
-            tables = segment.rope if segment.packing is None else map(segment.packing.pack, segment.rope)
-            self._memo[key] = tuple(table.to(device) for table in tables)
-        return self._memo[key]
+    def gathered(self, name: str, kind: str, number: int, value: Any, dim: int = 1) -> Any:
+        """What layers of a kind, behind `number` prune layers, get of an argument of the forward's tokens.
+
+        Args:
+            name: the argument.
+            value: a tensor with the tokens at `dim` (negative ones count from the end), or a tree of them; others stay
+                what they are.
+        """
+        tensors, tree = tree_flatten(value)
+        device = next((leaf.device for leaf in tensors if isinstance(leaf, torch.Tensor)), None)
+        key = (name, kind, number, device)
+        known = self._memo.get(key)
+        if known is None or any(old is not new for old, new in zip(known[0], tensors, strict=True)):
+            cut = [self._gather(leaf, number, dim) if isinstance(leaf, torch.Tensor) else leaf for leaf in tensors]
+            known = self._memo[key] = tensors, tree_unflatten(cut, tree)
+        return known[1]
+
+    def _gather(self, tensor: torch.Tensor, number: int, dim: int) -> torch.Tensor:
+        """A tensor of the forward's tokens -> of those of a segment; padding holds some token's values."""
+        index = self.row_tokens(number, tensor.device).clamp_min(0)  # [B, n']
+        dim %= tensor.dim()
+        if dim == 0:
+            return tensor[index[0]]
+        # rows of samples stand right in front of the tokens, or there is one row for all
+        rows = tensor.expand(*tensor.shape[: dim - 1], index.shape[0], *tensor.shape[dim:])
+        at = index.view(*(1,) * (dim - 1), *index.shape, *(1,) * (tensor.dim() - dim - 1))
+        return rows.gather(dim, at.expand(*rows.shape[:dim], index.shape[1], *rows.shape[dim + 1 :]))
+
+    def row_tokens(self, number: int, device: torch.device) -> torch.Tensor:
+        """int64 [rows, n']: which token of the forward's rows each token of these layers' rows is; -1 at padding."""
+        segment = self.segment(number)
+        if segment.packing is not None:
+            return self._row_tokens(segment, device)
+        return segment.index.to(device)
 
     def remember(self) -> None:
         """Leave on the cache what later forwards must know, once the last layer has run."""
@@ -274,9 +332,7 @@ class ForwardPass:
             tail, packed = min(self.segments[0].layout.tails), self.segments[0].packing is not None
             remember(
                 self.cache,
-                CacheState(
-                    config.prune_layers, config.prunes_behind_layer, seen, tail, prefixes, seen, packed=packed
-                ),
+                CacheState(config.prune_layers, config.prunes_behind_layer, seen, tail, prefixes, seen, packed=packed),
             )
         elif self.state is not None:
             self.state.seen = seen

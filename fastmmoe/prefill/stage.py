@@ -4,6 +4,8 @@ The layer adds what the MoE returns to its own, longer residual stream. So the s
 are left, and the layer, which gets zeros, is made to return it (`layer.py`).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -36,15 +38,41 @@ class MoEPatch(HookPatch):
     __slots__ = ()
     part = "MoE"
 
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         stage = _stage_at(self)
         if stage is None:
             return None
         if stage.residual is None:
             raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {self.number}"))
-        stage.short = stage.residual + output.view_as(stage.residual)
-        longer = RUNNING.forward.segments[-2].shape
-        return output.new_zeros(()).expand(*longer, output.shape[-1])
+        # some return the gate's scores as well, and some the rows of all samples in one
+        mixed, *others = output if isinstance(output, tuple) else (output,)
+        layer = self.installation.layers[self.number]
+        stage.short = self.installation.family.combine(layer, stage.residual, mixed.view_as(stage.residual))
+        rows, tokens = RUNNING.forward.segments[-2].shape
+        shape = (rows, tokens) if mixed.dim() == 3 else (rows * tokens,)
+        zeros = mixed.new_zeros(()).expand(*shape, mixed.shape[-1])
+        return (zeros, *others) if isinstance(output, tuple) else zeros
+
+
+class MoEArgumentsPatch(Patch):
+    """Cuts what the MoE is called with beside the tokens like the tokens."""
+
+    __slots__ = ()
+    part = "MoE"
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        stage = _stage_at(self)
+        if stage is None or stage.residual is None:
+            return self.stock(hidden, *args, **kwargs)
+        forward = RUNNING.forward
+        number = len(forward.segments) - 1
+
+        def cut(value: Any) -> Any:
+            full = next((full for entering, full in stage.per_token if entering is value), None)
+            return value if full is None else forward.gathered("per_token", "", number, full)
+
+        kwargs = {name: cut(value) for name, value in kwargs.items()}
+        return self.stock(hidden, *map(cut, args), **kwargs)
 
 
 def _stage_at(patch: Patch | HookPatch) -> Stage | None:
@@ -64,11 +92,11 @@ def prune(forward: ForwardPass, layer: nn.Module, hidden: torch.Tensor, residual
     family = forward.installation.family
 
     def probabilities(tokens: torch.Tensor) -> torch.Tensor:
-        return gate_probs(forward, family.gate_of(layer), tokens, family, plan.config.backend)
+        return gate_probs(forward, layer, tokens, family, plan.config.backend)
 
-    rope, packing = stage.rope, segment.packing
+    packing = segment.packing
     if packing is not None:
-        hidden, residual, *rope = map(packing.pad, (hidden, residual, *rope))
+        hidden, residual = packing.pad(hidden), packing.pad(residual)
     pruned = plan.pruning.prune(
         StageInput(
             stage=stage.number,
@@ -78,7 +106,6 @@ def prune(forward: ForwardPass, layer: nn.Module, hidden: torch.Tensor, residual
             seen=None if stage.seen is None else stage.seen.to(device),
             prompt=None if forward.prompt is None else forward.prompt.to(device),
             gate_probs=probabilities,
-            rope=tuple(table.to(device) for table in rope),
             source=None if segment.index is None else segment.index.to(device),
         )
     )

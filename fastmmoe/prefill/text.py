@@ -1,11 +1,11 @@
 """What a forward of the text model is: which tokens it has, on which mask and cache, and what it leaves behind."""
 
-import dataclasses
 import warnings
 from typing import Any
 
 import torch
 
+from fastmmoe.families.kinds import FULL, SLIDING, layer_kinds
 from fastmmoe.prefill.attention import register_capture
 from fastmmoe.prefill.cache import CacheState, forget, state_of
 from fastmmoe.prefill.entry import EntryPatch
@@ -34,11 +34,24 @@ class TextPatch(EntryPatch):
             vision = None  # not the forward that the multimodal model was called for
         RUNNING.forward = self._forward_pass(call, inputs, vision)
 
+    @torch.compiler.disable
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        args, kwargs = super().begin(args, kwargs)
+        forward, names = RUNNING.forward, self.installation.family.injected
+        if names is None or forward is None or not forward.has_vision or not forward.plan.stages:
+            return args, kwargs
+        mask, features = map(kwargs.get, names)
+        first = forward.plan.first_stage
+        if features is None or len(features) <= first:
+            return args, kwargs
+        # from the first prune layer on the model would add them to tokens that are gone
+        forward.injected = mask, features
+        forward.injects_from = first
+        return args, kwargs | {names[1]: features[:first]}
+
     # ---------------------------------------------------------------- what a forward is
 
-    def _forward_pass(
-        self, call: Call, inputs: dict[str, Any], vision: torch.Tensor | None
-    ) -> ForwardPass | None:
+    def _forward_pass(self, call: Call, inputs: dict[str, Any], vision: torch.Tensor | None) -> ForwardPass | None:
         """What the layers work from; None: the stock model runs."""
         plan, cache, layout = call.plan, inputs.get("past_key_values"), self.installation.layout
         state = state_of(cache)
@@ -65,10 +78,14 @@ class TextPatch(EntryPatch):
             if mask.pairs is not None and plan.stages:
                 layout, mask, packed = read_masked_layout(vision, mask, past)
             elif plan.stages and self._may_hold_samples(inputs):
-                layout, packed = read_positioned_layout(vision, inputs["position_ids"])
+                layout, packed = read_positioned_layout(vision, _text_positions(inputs))
             else:
                 valid = None if mask.valid is None else mask.valid.to(vision.device)
                 layout = VisionLayout.from_mask(vision, valid)
+            if packed:
+                self._check_packable(plan)
+            if mask.pairs is not None and plan.stages:
+                self._check_pairs()
             if not _skips(plan, layout) and (any(layout.n_vision) or state is not None):
                 return self._prefill(call, inputs, layout, cache, past, state, mask, packed)
         if state is None:
@@ -80,7 +97,7 @@ class TextPatch(EntryPatch):
 
     def _may_hold_samples(self, inputs: dict[str, Any]) -> bool:
         """Whether transformers takes a row for several samples where its position ids begin anew."""
-        use_cache, positions = inputs.get("use_cache"), inputs.get("position_ids")
+        use_cache, positions = inputs.get("use_cache"), _text_positions(inputs)
         use_cache = self.module.config.use_cache if use_cache is None else use_cache
         absent = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None and not use_cache
         return absent and positions is not None and positions.dim() == 2 and positions.shape[0] == 1
@@ -91,6 +108,7 @@ class TextPatch(EntryPatch):
         """A forward over one row of samples, see `fastmmoe.pack_batch`."""
         if layout is not None:
             raise ValueError("cu_seq_lens_q: packed batches are not supported within fixed_layout")
+        self._check_packable(plan)
         if inputs.get("past_key_values") is not None or inputs.get("use_cache") is not False:
             raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")
         if inputs.get("attention_mask") is not None:
@@ -142,9 +160,7 @@ class TextPatch(EntryPatch):
             register_capture(self.module.config._attn_implementation)
         back = call.back if call.back < min(layout.tails) and not packed else 0
         segment = Segment.from_layout(layout, packed)
-        forward = ForwardPass(
-            self.installation, plan, self.module.config, [segment], cache, past, state, mask, back
-        )
+        forward = ForwardPass(self.installation, plan, self.module.config, [segment], cache, past, state, mask, back)
 
         def embeddings() -> torch.Tensor:
             row = inputs.get("inputs_embeds")
@@ -173,9 +189,7 @@ class TextPatch(EntryPatch):
             if any(ran != wanted for ran, wanted in done.values()):
                 what = ", ".join(f"{ran} of {wanted} {kind}" for kind, (ran, wanted) in done.items())
                 raise RuntimeError(NO_EFFECT.format(what))
-            # the report needs no RoPE tables, and they are large; a stage that prunes nothing leaves the same segment
-            kept = {id(segment): dataclasses.replace(segment, rope=None) for segment in forward.segments}
-            plan.last, plan.skipped = [kept[id(segment)] for segment in forward.segments], False
+            plan.last, plan.skipped = list(forward.segments), False
         forward.remember()
         if not forward.has_vision or forward.segments[-1].index is None:
             return output
@@ -192,6 +206,24 @@ class TextPatch(EntryPatch):
             )
         if inputs.get("output_router_logits") or getattr(self.module.config, "output_router_logits", False):
             raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
+
+    def _check_pairs(self) -> None:
+        """Refuse a mask that is not plain causal attention where layers make other masks of it."""
+        others = sorted(set(layer_kinds(self.module.config)) - {FULL})
+        if others:
+            raise ValueError(
+                "attention_mask: expected 2D or causal where tokens are pruned and layers are of kind "
+                f"{', '.join(others)}, got 4D"
+            )
+
+    def _check_packable(self, plan: Plan) -> None:
+        """Refuse to prune samples in one row where layers would mix them up."""
+        others = sorted(set(layer_kinds(self.module.config)) - {FULL, SLIDING})
+        if plan.stages and others:
+            raise ValueError(
+                "input_ids: several samples in one row are not supported where tokens are pruned and layers are of kind "
+                f"{', '.join(others)}; expected a padded batch"
+            )
 
     def _check_state(self, plan: Plan, state: CacheState, batch: int) -> None:
         """Refuse a pruned cache that this forward cannot go on from."""
@@ -218,6 +250,13 @@ class TextPatch(EntryPatch):
                 "known which of its tokens are vision tokens; say it with fastmmoe.fixed_layout(model, layout)",
                 stacklevel=4,
             )
+
+
+def _text_positions(inputs: dict[str, Any]) -> torch.Tensor | None:
+    """The position ids [B, n] by which transformers tells samples in one row apart, if it was given any."""
+    positions = inputs.get("position_ids")
+    # beside those in time, height and width
+    return positions[0] if positions is not None and positions.dim() == 3 and len(positions) == 4 else positions
 
 
 def _skips(plan: Plan, layout: VisionLayout) -> bool:

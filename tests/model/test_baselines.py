@@ -471,9 +471,8 @@ def test_sparsify(side, keep, dtype):
     hidden = [rows.to(dtype).double() for rows in hidden]
     # an earlier stage dropped every second token of a sequence twice as long
     source = 2 * torch.arange(layout.width).expand(len(keep), -1)
-    rope = tuple(torch.randn(b, layout.width, 3) for b in (1, 4))
     short = sparsify(
-        samples.pad(hidden).to(dtype), samples.pad(scores).float(), layout, counts, rope=rope, source=source
+        samples.pad(hidden).to(dtype), samples.pad(scores).float(), layout, counts, source=source
     )
 
     expected, merged = [], []
@@ -495,7 +494,6 @@ def test_sparsify(side, keep, dtype):
         own = slice(start, start + len(want))
         old = [token.position + layout.starts[b] for token in want]
         assert short.index[b, own].tolist() == [2 * i for i in old]
-        assert all(torch.equal(short.rope[r][b, own], rope[r].expand(4, -1, -1)[b, old]) for r in range(2))
         assert short.merged[b, own].tolist() == [token.position in merged[b] for token in want]
         assert short.layout.vision_mask[b, own].tolist() == [token.vision for token in want]
         got = short.hidden[b, own].double()
@@ -505,7 +503,6 @@ def test_sparsify(side, keep, dtype):
     padding = ~short.layout.valid_mask
     assert short.residual is short.hidden and torch.equal(short.valid, ~padding)
     assert (short.index[padding] == -1).all() and (short.hidden[padding] == 0).all() and not short.merged[padding].any()
-    assert all((table[padding] == 0).all() for table in short.rope)
     again = VisionLayout.from_mask(short.layout.vision_mask, short.layout.valid_mask)
     assert torch.equal(again.run_rank, short.layout.run_rank)
     assert (again.lengths, again.n_vision, again.tails) == (

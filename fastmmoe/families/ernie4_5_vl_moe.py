@@ -1,0 +1,26 @@
+"""ERNIE-4.5-VL, where vision tokens have a gate and experts of their own."""
+
+from fastmmoe.families.family import Family, Preset
+from fastmmoe.families.gates import softmax_gate
+
+ERNIE4_5_VL_MOE = Family(
+    title="ERNIE-4.5-VL",
+    parent_type="ernie4_5_vl_moe",
+    text_type="ernie4_5_vl_moe_text",
+    placeholders=("image_token_id", "video_token_id"),
+    videos=True,
+    gate="vision_moe.gate",
+    experts="vision_moe.experts",
+    vision_only=True,
+    routing_options=lambda gate: softmax_gate(gate) | {"correction_bias": gate.moe_statics.e_score_correction_bias[0]},
+    gate_class="Ernie4_5_VLMoeMoeTopKRouter",
+    linear=None,
+    per_token=("moe_mm_token_type_ids",),
+    preset=Preset(
+        supported="ERNIE-4.5-VL (the names ernie-4.5-vl-28b-a3b, ernie-4.5-vl-424b-a47b)",
+        names=r"ernie-4\.5-vl-(28b-a3b|424b-a47b)(-.*)?",
+        num_experts_per_tok=6,
+        prune_layers=(3, 5, 7),
+    ),
+    checkpoint="baidu/ERNIE-4.5-VL-28B-A3B-PT",
+)

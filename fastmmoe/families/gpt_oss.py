@@ -1,0 +1,24 @@
+"""InternVL (3.5) with a gpt-oss text model: sliding and full attention in turn, of which the latter may prune."""
+
+from fastmmoe.families.family import Family, Preset
+from fastmmoe.families.gates import softmax_gate
+
+INTERNVL_GPT_OSS = Family(
+    title="InternVL with gpt-oss",
+    parent_type="internvl",
+    text_type="gpt_oss",
+    placeholders=("image_token_id",),
+    features=("pixel_values", "mm_encoder_outputs"),
+    gate="router",
+    routing_options=softmax_gate,
+    gate_class="GptOssTopKRouter",
+    linear=None,
+    expert_options=None,
+    preset=Preset(
+        supported="InternVL3.5 with gpt-oss (the name internvl3.5-gpt-oss-20b-a4b-preview)",
+        names=r"internvl3\.5-gpt-oss-20b-a4b(-.*)?",
+        num_experts_per_tok=4,
+        prune_layers=(3, 5, 7),
+    ),
+    checkpoint="OpenGVLab/InternVL3_5-GPT-OSS-20B-A4B-Preview-HF",
+)

@@ -1,0 +1,21 @@
+"""Kimi-K2.5 and K2.6 on a DeepSeek-V3 text model."""
+
+from fastmmoe.families.family import Family, Preset
+from fastmmoe.families.gates import grouped_sigmoid_gate
+
+KIMI_K25 = Family(
+    title="Kimi-K2.5",
+    parent_type="kimi_k25",
+    text_type="deepseek_v3",
+    placeholders=("image_token_id", "video_token_id"),
+    videos=True,
+    routing_options=grouped_sigmoid_gate,
+    gate_class="DeepseekV3TopkRouter",
+    preset=Preset(
+        supported="Kimi-K2.5 (the names kimi-k2.5, kimi-k2.6)",
+        names=r"kimi-k2\.[56](-.*)?",
+        num_experts_per_tok=8,
+        prune_layers=(6, 10, 15),
+    ),
+    checkpoint="moonshotai/Kimi-K2.5",
+)

@@ -1,0 +1,29 @@
+"""Llama 4, whose tokens take one expert each."""
+
+from fastmmoe.families.family import Family, Preset
+
+LLAMA4 = Family(
+    title="Llama-4",
+    parent_type="llama4",
+    text_type="llama4_text",
+    placeholders=("image_token_index",),
+    features=("pixel_values", "mm_encoder_outputs"),
+    moe="feed_forward",
+    gate="router",
+    routing_options=lambda gate: {"top_k": gate.top_k, "scoring": "sigmoid", "norm_topk_prob": False},
+    gate_class="Llama4Router",
+    linear=None,
+    logits=lambda output: output[1],
+    expert_obstacle=lambda config: (
+        "every token takes one expert already"
+        if config.num_experts_per_tok == 1
+        else "its experts run on every token, whatever the router says"
+    ),
+    preset=Preset(
+        supported="Llama-4 (the names llama-4-scout-17b-16e, llama-4-maverick-17b-128e)",
+        names=r"llama-4-(scout-17b-16e|maverick-17b-128e)(-.*)?",
+        num_experts_per_tok=1,
+        prune_layers=(7, 11, 15),
+    ),
+    checkpoint="meta-llama/Llama-4-Scout-17B-16E-Instruct",
+)

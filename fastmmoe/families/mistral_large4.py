@@ -1,0 +1,33 @@
+"""Mistral Large 4, whose layers share the choice of an indexer."""
+
+from typing import Any
+
+from fastmmoe.families.family import Family, Preset
+from fastmmoe.families.gates import grouped_softmax_gate
+
+
+def _shares_slots(text_config: Any, layer: int) -> str:
+    """The next layers look where this one or an earlier one chose, by places in the longer sequence."""
+    following = text_config.indexer_types[layer + 1 : layer + 2]
+    return "the next layer reuses the keys that an earlier one chose" if following == ["shared"] else ""
+
+
+MISTRAL_LARGE4 = Family(
+    title="Mistral-Large-4",
+    parent_type="mistral_large4",
+    text_type="mistral_large4_text",
+    placeholders=("image_token_index",),
+    features=("pixel_values", "mm_encoder_outputs"),
+    routing_options=grouped_softmax_gate,
+    gate_class="MistralLarge4TextTopkRouter",
+    positions="source",
+    prunable_kinds=("indexed_attention",),
+    prune_obstacle=_shares_slots,
+    preset=Preset(
+        supported="Mistral-Large-4 (the name mistral-large-4)",
+        names=r"mistral-large-4(-.*)?",
+        num_experts_per_tok=4,
+        prune_layers=(),
+    ),
+    checkpoint="mistralai/Mistral-Large-4-1T-A52B",
+)

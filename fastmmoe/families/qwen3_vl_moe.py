@@ -1,0 +1,22 @@
+"""Qwen3-VL with experts."""
+
+from fastmmoe.families.family import Family, Preset
+from fastmmoe.families.gates import softmax_gate
+
+QWEN3_VL_MOE = Family(
+    title="Qwen3-VL-MoE",
+    parent_type="qwen3_vl_moe",
+    text_type="qwen3_vl_moe_text",
+    placeholders=("image_token_id", "video_token_id"),
+    videos=True,
+    routing_options=softmax_gate,
+    gate_class="Qwen3VLMoeTextTopKRouter",
+    injected=("visual_pos_masks", "deepstack_visual_embeds"),
+    preset=Preset(
+        supported="Qwen3-VL-MoE (the names qwen3-vl-30b-a3b, qwen3-vl-235b-a22b)",
+        names=r"qwen3-vl-(30b-a3b|235b-a22b)(-.*)?",
+        num_experts_per_tok=8,
+        prune_layers=(5, 8, 12),
+    ),
+    checkpoint="Qwen/Qwen3-VL-30B-A3B-Instruct",
+)
