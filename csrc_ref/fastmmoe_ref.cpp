@@ -219,28 +219,31 @@ void fastmmoe_ref_moe_experts(const double* hidden, const double* gate_up_proj, 
 // attention of the last query
 // ---------------------------------------------------------------------------------------------------------------------
 
-// query [B, Hq, D]; key [B, Hkv, n, D], query head h reads key head h / (Hq / Hkv); key_mask [B, n].
-// -> probs [B, n]: softmax(scale * q.k) over the valid keys, mean over query heads; 0 at keys that are not valid.
-void fastmmoe_ref_last_query_attention(const double* query, const double* key, const uint8_t* key_mask, double scale,
-                                       int64_t B, int64_t Hq, int64_t Hkv, int64_t n, int64_t D, double* probs) {
+// query [B, Hq, D]; key [B, Hkv, n, D], query head h reads key head h / (Hq / Hkv); key_mask [B, Hm, n], query head h
+// sees row h / (Hq / Hm); sinks [Hq], -INF where a head has none.
+// -> probs [B, n]: softmax over the scores scale * q.k of the valid keys and the head's sink, mean over query heads; a
+// head without a valid key gives 0.
+void fastmmoe_ref_last_query_attention(const double* query, const double* key, const uint8_t* key_mask,
+                                       const double* sinks, double scale, int64_t B, int64_t Hq, int64_t Hkv,
+                                       int64_t Hm, int64_t n, int64_t D, double* probs) {
     std::vector<double> score(n);
     for (int64_t b = 0; b < B; ++b) {
         for (int64_t j = 0; j < n; ++j) probs[b * n + j] = 0.0;
         for (int64_t h = 0; h < Hq; ++h) {
             const double* q = query + (b * Hq + h) * D;
             const double* keys = key + (b * Hkv + h / (Hq / Hkv)) * n * D;
-            double largest = -INF;
+            const uint8_t* valid = key_mask + (b * Hm + h / (Hq / Hm)) * n;
+            double largest = sinks[h];
             for (int64_t j = 0; j < n; ++j) {
-                if (!key_mask[b * n + j]) continue;
+                if (!valid[j]) continue;
                 score[j] = scale * dot(q, keys + j * D, D);
                 largest = std::max(largest, score[j]);
             }
-            double sum = 0.0;
+            double sum = largest == -INF ? 0.0 : std::exp(sinks[h] - largest);
             for (int64_t j = 0; j < n; ++j)
-                if (key_mask[b * n + j]) sum += std::exp(score[j] - largest);
+                if (valid[j]) sum += std::exp(score[j] - largest);
             for (int64_t j = 0; j < n; ++j)
-                if (key_mask[b * n + j])
-                    probs[b * n + j] += std::exp(score[j] - largest) / sum / static_cast<double>(Hq);
+                if (valid[j]) probs[b * n + j] += std::exp(score[j] - largest) / sum / static_cast<double>(Hq);
         }
     }
 }

@@ -133,19 +133,31 @@ def moe_experts(
     return output
 
 
-def last_query_attention(query: ArrayLike, key: ArrayLike, scale: float, key_mask: ArrayLike | None = None) -> NDArray:
-    """Attention of one query to every valid key, mean over query heads: [B, n]; zeros where a sample has no valid key.
+def last_query_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    scale: float,
+    key_mask: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+) -> NDArray:
+    """Attention of one query to every valid key, mean over query heads: [B, n]; a head without a valid key gives 0.
 
-    query [B, Hq, D], key [B, Hkv, n, D] (query head h reads key head h // (Hq / Hkv)), key_mask [B, n].
+    query [B, Hq, D], key [B, Hkv, n, D] (query head h reads key head h // (Hq / Hkv)); key_mask [B, n] or [B, Hm, n]
+    (query head h sees row h // (Hq / Hm)); sinks [Hq], a score of each head's that has no place in the result.
     """
     query = _floats(query, "query", (None, None, None))
     B, Hq, D = query.shape
     key = _floats(key, "key", (B, None, None, D))
     _, Hkv, n, _ = key.shape
     _require(Hq % Hkv == 0, f"{Hkv} key heads do not divide {Hq} query heads")
-    mask = _mask(key_mask, "key_mask", (B, n), default=True)
+    if np.ndim(key_mask) == 2:
+        key_mask = np.expand_dims(key_mask, 1)
+    Hm = 1 if key_mask is None else np.shape(key_mask)[1]
+    _require(Hq % Hm == 0, f"{Hm} rows of key_mask do not divide {Hq} query heads")
+    mask = _mask(key_mask, "key_mask", (B, Hm, n), default=True)
+    sinks = _floats(np.full(Hq, -np.inf) if sinks is None else sinks, "sinks", (Hq,))
     probs = np.empty((B, n))
-    _call("last_query_attention", query, key, mask, float(scale), B, Hq, Hkv, n, D, probs)
+    _call("last_query_attention", query, key, mask, sinks, float(scale), B, Hq, Hkv, Hm, n, D, probs)
     return probs
 
 

@@ -224,6 +224,24 @@ def test_attention_sees_valid_keys_only():
     check(probs, [[0.25, 0.75, 0], [0, 0, 0]])
 
 
+def test_attention_rows_of_the_mask_belong_to_query_heads():
+    # scores 0 and ln 3 for every head; heads 0 and 1 see the first key, head 2 and 3 both
+    query, key = ones((1, 4, 1)), array([0, LN3]).reshape(1, 1, 2, 1)
+    mask = array([[[True, False], [True, True]]])
+    check(oracle.last_query_attention(query, key, 1.0, mask), [[(1 + 1 + 0.25 + 0.25) / 4, (0.75 + 0.75) / 4]])
+    # of two key heads each is read by one query head that sees nothing: it adds nothing
+    mask = array([[[True, True], [False, False]] * 2])
+    check(oracle.last_query_attention(query, key.repeat(2, axis=1), 1.0, mask), [[0.25 / 2, 0.75 / 2]])
+
+
+def test_attention_sinks_take_a_share():
+    # scores 0 and ln 3; sinks ln 4 and ln 16, untouched by the scale: 1/8, 3/8 and 1/20, 3/20
+    query, key = ones((1, 2, 1)), array([0, LN3 / 0.5]).reshape(1, 1, 2, 1)
+    sinks = [2 * log(2), 4 * log(2)]
+    check(oracle.last_query_attention(query, key, 0.5, sinks=sinks), [[(1 / 8 + 1 / 20) / 2, (3 / 8 + 3 / 20) / 2]])
+    check(oracle.last_query_attention(query, key, 0.5, zeros((1, 2)), sinks), zeros((1, 2)))
+
+
 def test_attention_equals_a_batched_formula():
     rng = default_rng(1)
     query, key = rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 2, 5, 3))

@@ -14,6 +14,7 @@ def last_query_attention(
     *,
     scale: float,
     key_mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """One query row's softmax over the valid keys, mean over query heads (method section 2, step 3).
@@ -25,11 +26,16 @@ def last_query_attention(
         query: float32, float16 or bfloat16 [B, Hq, D], the one query row that matters, position encoding applied.
         key: same dtype [B, Hkv, n, D], Hkv a divisor of Hq: query head h reads key head h // (Hq // Hkv).
         scale: positive factor of the logits, usually D ** -0.5.
-        key_mask: bool [B, n], true at valid keys; None: all are valid. Masked keys may hold anything, NaN included.
+        key_mask: bool [B, n], or [B, Hm, n] with Hm a divisor of Hq: query head h sees row h // (Hq // Hm). True at
+            valid keys; None: all are valid. A key that is masked for a head does not enter that head's logits, whatever
+            it holds; so keys masked for all heads that read them may hold anything, NaN included.
+        sinks: float32, float16 or bfloat16 [Hq], a logit per query head (not scaled) that takes part in its softmax
+            like one more key, but has no place in the result (`s_aux` in transformers); None: no sinks.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        float32 [B, n]: each sample sums to 1; 0 at masked keys, and everywhere for a sample with no valid key.
+        float32 [B, n], 0 at keys masked for all heads. A head's share of it sums to 1 / Hq, to less with a sink, and
+        to 0 without a valid key: without sinks, a sample whose heads all have a valid key sums to 1.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype, device or range; names the argument.
@@ -43,11 +49,17 @@ def last_query_attention(
         raise ValueError(f"key: expected a number of heads that divides query's {num_heads}, got {num_kv_heads}")
     check_float("scale", scale, 0.0, float("inf"), low_open=True)
     if key_mask is not None:
-        check_tensor("key_mask", key_mask, (batch_size, num_keys), (torch.bool,), query.device)
-    return _last_query_attention(query, key, key_mask, float(scale), resolve_backend(backend, query))
+        per_head = isinstance(key_mask, torch.Tensor) and key_mask.dim() == 3
+        shape = (batch_size, "Hm", num_keys) if per_head else (batch_size, num_keys)
+        check_tensor("key_mask", key_mask, shape, (torch.bool,), query.device)
+        if per_head and (key_mask.shape[1] == 0 or num_heads % key_mask.shape[1]):
+            raise ValueError(f"key_mask: expected rows that divide query's {num_heads} heads, got {key_mask.shape[1]}")
+    if sinks is not None:
+        check_tensor("sinks", sinks, (num_heads,), FLOATS, query.device)
+    return _last_query_attention(query, key, key_mask, sinks, float(scale), resolve_backend(backend, query))
 
 
-def _fake(query, key, key_mask, scale):
+def _fake(query, key, key_mask, sinks, scale):
     return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
 
 

@@ -72,12 +72,17 @@ def gate(num_tokens, experts=128, top_k=8, width=2048, dtype=torch.bfloat16, pad
     return launched(fk.gate_routing, hidden, weight, top_k, vision_top_k=top_k // 2, **masks, **options)
 
 
-def attend(num_keys, heads=32, kv_heads=4, head_dim=128, batch=1, dtype=torch.bfloat16, tokens_first=False):
+def attend(
+    num_keys, heads=32, kv_heads=4, head_dim=128, batch=1, dtype=torch.bfloat16, tokens_first=False, mask_rows=(),
+    has_sinks=False,
+):  # fmt: skip
     query = torch.empty(batch, heads, num_keys, head_dim, dtype=dtype)[:, :, -1]
     key = torch.empty(batch, kv_heads, num_keys, head_dim, dtype=dtype)
     if tokens_first:
         key = torch.empty(batch, num_keys, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
-    return launched(fk.last_query_attention, query, key, scale=0.1, key_mask=ones(batch, num_keys))
+    sinks = torch.empty(heads, dtype=dtype) if has_sinks else None
+    mask = ones(batch, *mask_rows, num_keys)
+    return launched(fk.last_query_attention, query, key, scale=0.1, key_mask=mask, sinks=sinks)
 
 
 def prune(num_tokens, experts=128, features=2048, angles=128, batch=1, dtype=torch.bfloat16):
@@ -130,6 +135,7 @@ def main():
             "attention, batch": [attend(n, batch=3) for n in lengths],
             "attention, tokens first": [attend(n, tokens_first=True) for n in lengths],
             "attention, odd head": [attend(n, head_dim=7) for n in lengths],
+            "attention, rows and sinks": [attend(n, mask_rows=(32,), has_sinks=True) for n in lengths],
             # a plan that prunes needs a few tokens
             "prune": [prune(n) for n in lengths[2:]],
             "prune, batch": [prune(n, batch=3) for n in lengths[2:]],
@@ -141,6 +147,10 @@ def main():
                 *route(1892), *gate(1892), *gate(1892, padded=True), *gate(1892, padded=True, return_probs=True),
                 *attend(1892), *attend(1892, batch=2), *prune(1892), *prune(1892, batch=2),
                 *run_experts(1892), *run_experts(16384),
+            ],
+            "InternVL3.5-GPT-OSS-20B": attend(1892, 64, 8, 64, has_sinks=True),
+            "MiniMax-M3": [
+                *attend(1892, 64), *attend(1892, 64, mask_rows=(4,)), *attend(1892, 64, batch=2, mask_rows=(64,)),
             ],
             "DeepSeek-VL2 Small": [
                 *route(1500, 64, 6, dtype=torch.float32, norm_topk_prob=False), *attend(1500, 16, 16, 192),

@@ -30,12 +30,17 @@ def make_mask(lengths, num_keys, padding_side):
     return mask.to(DEVICE)
 
 
-def check(query, key, backend, mask=None, scale=None, rtol=1e-5):
+def make_sinks(seed, num_heads, dtype=torch.float32):
+    return torch.randn(num_heads, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def check(query, key, backend, mask=None, sinks=None, scale=None, rtol=1e-5):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    got = last_query_attention(query, key, scale=scale, key_mask=mask, backend=backend)
+    got = last_query_attention(query, key, scale=scale, key_mask=mask, sinks=sinks, backend=backend)
     assert got.dtype == torch.float32 and got.shape == (key.shape[0], key.shape[2])
     mask = None if mask is None else mask.cpu().numpy()
-    want = oracle.last_query_attention(query.double().cpu().numpy(), key.double().cpu().numpy(), scale, mask)
+    sinks = None if sinks is None else sinks.double().cpu().numpy()
+    want = oracle.last_query_attention(query.double().cpu().numpy(), key.double().cpu().numpy(), scale, mask, sinks)
     np.testing.assert_allclose(got.cpu().numpy(), want, rtol=rtol, atol=1e-30)
     return got
 
@@ -65,6 +70,100 @@ def test_equals_reference(backend, seed, shape, padding_side, dtype):
     valid = torch.ones_like(got, dtype=torch.bool) if mask is None else mask
     assert (got[~valid] == 0).all()
     torch.testing.assert_close(got.sum(1), valid.any(1).float(), rtol=1e-5, atol=0)
+
+
+def make_head_mask(seed, batch, rows, num_keys, share=0.3):
+    """Scattered keys for each row [B, Hm, n]; the last sample's last row has none."""
+    mask = torch.rand(batch, rows, num_keys, generator=torch.Generator().manual_seed(seed)) < share
+    mask[-1, -1] = False
+    return mask.to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=shapes(),
+    rows_of=st.sampled_from([None, "samples", "key heads", "query heads"]),
+    sink_dtype=st.sampled_from([None, torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_masks_per_head_and_sinks(backend, seed, shape, rows_of, sink_dtype, dtype):
+    *sizes, lengths = shape
+    batch, num_heads, num_kv_heads, num_keys, _ = sizes
+    query, key = make_inputs(seed, *sizes, dtype)
+    mask = None
+    if rows_of == "samples":
+        mask = make_mask(lengths, num_keys, "left")
+    elif rows_of is not None:
+        mask = make_head_mask(seed, batch, num_kv_heads if rows_of == "key heads" else num_heads, num_keys)
+    sinks = None if sink_dtype is None else make_sinks(seed, num_heads, sink_dtype)
+    got = check(query, key, backend, mask, sinks)
+    seen = torch.ones_like(got, dtype=torch.bool) if mask is None else mask
+    seen = seen.view(batch, -1, num_keys)  # [B, Hm, n]
+    assert (got[~seen.any(1)] == 0).all()
+    most = seen.any(2).float().mean(1)  # the share of heads that have a valid key
+    if sinks is None:
+        torch.testing.assert_close(got.sum(1), most, rtol=1e-5, atol=0)
+    else:
+        assert (got.sum(1) <= most).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 12], ids=lambda rows: f"Hm={rows}")
+@pytest.mark.parametrize("kv_heads", [1, 4], ids=lambda heads: f"Hkv={heads}")
+def test_rows_of_a_mask(backend, rows, kv_heads):
+    """Twelve query heads: as many rows as key heads, more, fewer; and rows that begin within a group of heads."""
+    query, key = make_inputs(19, 2, 12, kv_heads, BLOCK + 5, 16)
+    check(query, key, backend, make_head_mask(20, 2, rows, BLOCK + 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_row_is_the_mask_of_a_sample(backend):
+    query, key = make_inputs(21, 3, 6, 2, 2 * BLOCK, 16)
+    mask = make_mask([0, 3, 2 * BLOCK], 2 * BLOCK, "left")
+    want = check(query, key, backend, mask)
+    for rows in (1, 2, 6):
+        assert torch.equal(check(query, key, backend, mask.unsqueeze(1).expand(-1, rows, -1)), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_never_reads_what_is_masked_for_it(backend):
+    """NaN in keys that no head reads is harmless; a head without valid keys adds zeros, whatever its keys hold."""
+    query, key = make_inputs(22, 1, 4, 2, 40, 8)
+    mask = make_head_mask(23, 1, 2, 40)  # a row per key head, the second without a valid key
+    want = check(query, key, backend, mask)
+    key = key.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    assert torch.equal(last_query_attention(query, key, scale=8**-0.5, key_mask=mask, backend=backend), want)
+    # both heads of the first key head have a row of their own, and only one sees the NaN
+    query, key = make_inputs(24, 1, 2, 1, 40, 8)
+    key[0, 0, 7] = torch.nan
+    mask = torch.ones(1, 2, 40, dtype=torch.bool, device=DEVICE)
+    mask[0, 0, 7] = False
+    assert last_query_attention(query, key, scale=1.0, key_mask=mask, backend=backend).isnan().all()
+    mask[0, 1, 7] = False
+    assert not last_query_attention(query, key, scale=1.0, key_mask=mask, backend=backend).isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_of_any_size(backend):
+    """One that takes all, some that share, one of -inf: as none at all. No valid key: zeros, with every sink."""
+    query, key = make_inputs(25, 2, 4, 2, BLOCK + 1, 16)
+    mask = make_mask([BLOCK + 1, 0], BLOCK + 1, "left")
+    for sinks in ([300.0, 300.0, 300.0, 300.0], [300.0, 2.0, -300.0, -torch.inf], [-torch.inf] * 4):
+        got = check(query, key, backend, mask, torch.tensor(sinks, device=DEVICE))
+        assert (got[1] == 0).all()
+        if sinks[0] < 0:
+            assert torch.equal(got, check(query, key, backend, mask))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_masks_and_sinks(backend):
+    query, key = make_inputs(26, 2, 6, 3, 60, 8)
+    mask = make_head_mask(27, 2, 3, 60).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    sinks = torch.stack((make_sinks(28, 6), torch.full((6,), torch.nan, device=DEVICE)), -1)[:, 0]
+    assert not mask.is_contiguous() and not sinks.is_contiguous()
+    check(query, key, backend, mask, sinks)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -191,21 +290,25 @@ def test_permuting_keys_permutes_the_output(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("has_mask", [True, False])
-def test_custom_op(backend, has_mask):
+@pytest.mark.parametrize("mask_rows", [None, 0, 2, 4])
+@pytest.mark.parametrize("has_sinks", [True, False])
+def test_custom_op(backend, mask_rows, has_sinks):
     query, key = make_inputs(14, 2, 4, 2, 9, 8)
-    mask = make_mask([9, 4], 9, "left") if has_mask else None
-    torch.library.opcheck(_last_query_attention, (query, key, mask, 0.25, backend))
+    mask = make_head_mask(14, 2, mask_rows, 9) if mask_rows else make_mask([9, 4], 9, "left")
+    mask = None if mask_rows is None else mask
+    sinks = make_sinks(14, 4) if has_sinks else None
+    torch.library.opcheck(_last_query_attention, (query, key, mask, sinks, 0.25, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend):
-    def attend(query, key, mask):
-        return last_query_attention(query, key, scale=0.25, key_mask=mask, backend=backend)
+    def attend(query, key, mask, sinks):
+        return last_query_attention(query, key, scale=0.25, key_mask=mask, sinks=sinks, backend=backend)
 
-    inputs = *make_inputs(15, 2, 4, 2, 9, 8), make_mask([9, 4], 9, "left")
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*inputs), attend(*inputs))
+    for mask, sinks in ((make_mask([9, 4], 9, "left"), None), (make_head_mask(15, 2, 2, 9), make_sinks(15, 4))):
+        inputs = *make_inputs(15, 2, 4, 2, 9, 8), mask, sinks
+        assert torch.equal(compiled(*inputs), attend(*inputs))
 
 
 GOOD = dict(query=torch.zeros(2, 4, 8), key=torch.zeros(2, 2, 5, 8), scale=0.5)
@@ -232,6 +335,18 @@ GOOD = dict(query=torch.zeros(2, 4, 8), key=torch.zeros(2, 2, 5, 8), scale=0.5)
         (dict(key_mask=torch.ones(2, 5)), TypeError, "key_mask"),
         (dict(key_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, "key_mask"),
         (dict(key_mask=torch.ones(5, dtype=torch.bool)), ValueError, "key_mask"),
+        (dict(key_mask=[[True] * 5] * 2), TypeError, "key_mask"),
+        (dict(key_mask=torch.ones(2, 2, 5)), TypeError, "key_mask"),
+        (dict(key_mask=torch.ones(2, 2, 4, dtype=torch.bool)), ValueError, "key_mask"),
+        (dict(key_mask=torch.ones(2, 0, 5, dtype=torch.bool)), ValueError, "key_mask"),
+        (dict(key_mask=torch.ones(2, 3, 5, dtype=torch.bool)), ValueError, "key_mask"),
+        (dict(key_mask=torch.ones(2, 8, 5, dtype=torch.bool)), ValueError, "key_mask"),
+        (dict(key_mask=torch.ones(2, 4, 1, 5, dtype=torch.bool)), ValueError, "key_mask"),
+        (dict(sinks=[0.0] * 4), TypeError, "sinks"),
+        (dict(sinks=torch.zeros(2)), ValueError, "sinks"),
+        (dict(sinks=torch.zeros(1, 4)), ValueError, "sinks"),
+        (dict(sinks=torch.zeros(4, dtype=torch.int64)), TypeError, "sinks"),
+        (dict(sinks=torch.zeros(4, device="meta")), ValueError, "sinks"),
         (dict(backend="fast"), ValueError, "backend"),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, dict) else None,
@@ -252,6 +367,8 @@ def test_real_sizes(dtype, num_keys, num_heads, num_kv_heads, head_dim):
     mask = make_mask([num_keys, num_keys // 3], num_keys, "left")
     check(query, key, "triton", mask)
     check(query, LAYOUTS["tokens-first"](key), "triton")
+    for rows in (num_kv_heads, num_heads):
+        check(query, key, "triton", make_head_mask(16, 2, rows, num_keys, 0.1), make_sinks(16, num_heads, dtype))
 
 
 @pytest.mark.gpu

@@ -10,8 +10,9 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("launches.py")
 LENGTHS = ["routing", "routing, 72 experts", "gate", "gate, padding", "attention", "attention, batch",
-           "attention, tokens first", "attention, odd head", "prune", "prune, batch", "experts"]  # fmt: skip
-MODELS = ["InternVL3.5-30B-A3B", "DeepSeek-VL2 Small", "DeepSeek-VL2"]
+           "attention, tokens first", "attention, odd head", "attention, rows and sinks", "prune", "prune, batch",
+           "experts"]  # fmt: skip
+MODELS = ["InternVL3.5-30B-A3B", "InternVL3.5-GPT-OSS-20B", "MiniMax-M3", "DeepSeek-VL2 Small", "DeepSeek-VL2"]
 
 
 @pytest.fixture(scope="module")

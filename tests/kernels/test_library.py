@@ -29,8 +29,8 @@ def gate(**options):
 
 
 def attend(**options):
-    query, key = random_tensors((2, 4, 16), (2, 2, 11, 16))
-    return [fk.last_query_attention(query, key, scale=0.25, **options)]
+    query, key, sinks = random_tensors((2, 4, 16), (2, 2, 11, 16), (4,))
+    return [fk.last_query_attention(query, key, sinks=sinks, scale=0.25, **options)]
 
 
 def run_experts(**options):
