@@ -1,0 +1,133 @@
+"""Every family against the stock layers on really shorter sequences, see `naive_loop.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmmoe
+from fastmmoe import FastMMoEConfig
+
+from . import naive_loop, tiny_families
+from .families import LOOPS
+from .naive import Settings
+
+PROMPTS = (((5, 6), (7, 8, 9)), ((5, 6, 31), (17, 18), (27, 28, 29, 30)))  # text around the images
+TURN = (41, 42, 43)
+ANSWER = 4
+
+
+def samples(name: str, seed: int = 0) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """(model, inputs of a prompt with one image and of one with two, as they are alone)."""
+    model, one = tiny_families.FAMILIES[name](seed)
+    image = one["input_ids"][0, len(tiny_families.HEAD) : -len(tiny_families.TAIL)].tolist()
+    generator = torch.Generator().manual_seed(seed + 7)
+    per_token = {key: one[key][0, len(tiny_families.HEAD)] for key in one if key.endswith("token_type_ids")}
+    features = {key: one[key] for key in one if key not in ("input_ids", "attention_mask") and key not in per_token}
+    made = []
+    for texts in PROMPTS:
+        ids = [*texts[0], *(token for text in texts[1:] for token in (*image, *text))]
+        inputs = {"input_ids": torch.tensor([ids])}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for key in per_token:
+            wide = one[key][0, len(tiny_families.HEAD) : -len(tiny_families.TAIL)].tolist()
+            inputs[key] = torch.tensor([[0] * len(texts[0]) + [t for s in texts[1:] for t in (*wide, *[0] * len(s))]])
+        for key, value in features.items():
+            drawn = [
+                torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+                for _ in texts[1:]
+            ]
+            inputs[key] = torch.cat(drawn)
+        made.append(inputs)
+    return model, made
+
+
+def padded(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One batch of several samples, padded on the left."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+    batch = {}
+    for key in parts[0]:
+        rows = [part[key] for part in parts]
+        if rows[0].shape == parts[0]["input_ids"].shape:
+            rows = [torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows]
+        batch[key] = torch.cat(rows)
+    return batch
+
+
+def extended(inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A prompt's inputs with text behind it."""
+    shape = inputs["input_ids"].shape
+    more = {}
+    for key, value in inputs.items():
+        if key == "input_ids":
+            more[key] = torch.cat((value, ids), 1)
+        elif value.shape == shape:
+            fill = 1 if key == "attention_mask" else 0
+            more[key] = torch.nn.functional.pad(value, (0, ids.shape[1]), value=fill)
+        else:
+            more[key] = value
+    return more
+
+
+def settings_of(config: FastMMoEConfig) -> Settings:
+    names = ("vision_top_k", "reduction_layer", "prune_layers", "stage_keep_ratios", "merge_ratio", "window", "alpha",
+             "strategy", "merge_method")  # fmt: skip
+    return Settings(**{name: getattr(config, name) for name in names})
+
+
+def configs(name: str) -> dict[str, FastMMoEConfig]:
+    loop = LOOPS[name]
+    experts = dict(vision_top_k=2, reduction_layer=1)
+    found = {"experts": FastMMoEConfig(**experts)} if loop.experts else {}
+    if loop.prune_layers:
+        prune = dict(prune_layers=loop.prune_layers, keep_ratios=(0.7, 0.6)[: len(loop.prune_layers)])
+        found["pruning"] = FastMMoEConfig(**prune, merge_ratio=0.0)
+        found["merging"] = FastMMoEConfig(**prune, merge_ratio=0.4, **(experts if loop.experts else {}))
+    return found
+
+
+CASES = [pytest.param(name, kind, id=f"{name}-{kind}") for name in LOOPS for kind in configs(name)]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+@torch.no_grad()
+def test_a_batch_and_its_answers_equal_the_loop(name, kind):
+    model, alone = samples(name)
+    config, loop = configs(name)[kind], LOOPS[name]
+    if not loop.batch:
+        alone = alone[1:]
+    batch = padded(alone)
+    shape = batch["input_ids"].shape
+    turn = torch.tensor([TURN] * shape[0])
+    generate = dict(do_sample=False, min_new_tokens=ANSWER, max_new_tokens=ANSWER, return_dict_in_generate=True,
+                    output_logits=True)  # fmt: skip
+    stock = model(**batch).logits
+    with fastmmoe.enabled(model, config):
+        prompt = model(**batch).logits
+        lengths = fastmmoe.report(model).tokens_per_layer
+        first = model.generate(**batch, **generate)
+        ids = torch.cat((first.sequences, turn), 1)
+        answer = ids[:, shape[1] :]
+        text_only = {k: v for k, v in extended(batch, answer).items() if v.shape == ids.shape and k != "input_ids"}
+        second = model.generate(
+            input_ids=ids, **text_only, past_key_values=first.past_key_values, **(generate | dict(min_new_tokens=1, max_new_tokens=1))
+        )
+    assert torch.equal(model(**batch).logits, stock)
+
+    margins = []
+    for row, inputs in enumerate(alone):
+        n = inputs["input_ids"].shape[1]
+        offset = shape[1] - n
+        vision = [token in loop.placeholders for token in inputs["input_ids"][0].tolist()] + [False] * answer.shape[1]
+        stretches = [n, *[1] * (ANSWER - 1), 1 + len(TURN)]
+        want = naive_loop.run(
+            model, loop.parts, settings_of(config), extended(inputs, answer[row : row + 1]), vision, stretches
+        )
+        margins += want.margins
+        assert [tokens[row] for tokens in lengths] == want.lengths
+        kept = torch.tensor(want.kept[0])
+        torch.testing.assert_close(prompt[row, offset + kept], want.logits[0], rtol=0, atol=loop.tolerance)
+        steps = [first.logits[step][row] for step in range(ANSWER)] + [second.logits[0][row]]
+        for got, expected in zip(steps, want.logits, strict=True):
+            torch.testing.assert_close(got, expected[-1], rtol=0, atol=loop.tolerance)
+    assert min(margins, default=1) > 1e-5, "choices that a rounding error could flip: take another seed"
