@@ -28,12 +28,10 @@ def grouped_sigmoid_gate(gate: nn.Module, *_: Any) -> dict[str, Any]:
 
 def grouped_softmax_gate(gate: nn.Module, *_: Any) -> dict[str, Any]:
     """Softmax, among the experts of the groups whose two best ones have the largest sum; normalised and scaled."""
-    return softmax_gate(gate) | {
-        "n_group": gate.num_group,
-        "topk_group": gate.topk_group,
-        "group_best": 2 if gate.num_group > 1 else None,
-        "routed_scaling_factor": float(gate.routed_scaling_factor),
-    }
+    options = softmax_gate(gate) | {"routed_scaling_factor": float(gate.routed_scaling_factor)}
+    if gate.num_group > 1:
+        options |= {"n_group": gate.num_group, "topk_group": gate.topk_group, "group_best": 2}
+    return options
 
 
 def unnormalised_softmax_gate(gate: nn.Module, *_: Any) -> dict[str, Any]:

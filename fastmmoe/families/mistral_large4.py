@@ -7,9 +7,14 @@ from fastmmoe.families.gates import grouped_softmax_gate
 
 
 def _shares_slots(text_config: Any, layer: int) -> str:
-    """The next layers look where this one or an earlier one chose, by places in the longer sequence."""
-    following = text_config.indexer_types[layer + 1 : layer + 2]
-    return "the next layer reuses the keys that an earlier one chose" if following == ["shared"] else ""
+    """Later layers may look at places in the cache, or at keys, that this layer or an earlier one left for them."""
+    if text_config is None:
+        return ""
+    if text_config.indexer_types[layer + 1 : layer + 2] == ["shared"]:
+        return "the next layer reuses the keys that an indexer chose for this one"
+    if any(source <= layer for source in text_config.kv_source_layers[layer + 1 :]):
+        return "later layers reuse the keys and values of the tokens in front of it"
+    return ""
 
 
 MISTRAL_LARGE4 = Family(

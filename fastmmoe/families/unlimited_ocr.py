@@ -1,7 +1,21 @@
 """Unlimited-OCR, whose decoded tokens see the whole prompt and a window of their own."""
 
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import unnormalised_softmax_gate
+
+
+def _mask(*, past_key_values: Cache | None, layer_idx: int, **options: Any) -> torch.Tensor | None:
+    """The mask of one layer; transformers takes the length of the prompt from the first one, which sees all of it."""
+    from transformers.models.unlimited_ocr.modeling_unlimited_ocr import create_reference_sliding_window_causal_mask
+
+    alone = None if past_key_values is None else Cache(layers=[past_key_values.layers[layer_idx]])
+    return create_reference_sliding_window_causal_mask(past_key_values=alone, layer_idx=0, **options)
+
 
 UNLIMITED_OCR = Family(
     title="Unlimited-OCR",
@@ -12,6 +26,7 @@ UNLIMITED_OCR = Family(
     routing_options=unnormalised_softmax_gate,
     gate_class="UnlimitedOcrTextTopkRouter",
     prunable_kinds=("reference_sliding_attention",),
+    masks={"reference_sliding_attention": _mask},
     preset=Preset(
         supported="Unlimited-OCR (the name unlimited-ocr)",
         names=r"unlimited-ocr(-.*)?",

@@ -45,6 +45,7 @@ class LoopFamily:
         parts: where its layers keep what the loop touches.
         experts: whether vision tokens may take fewer.
         prune_layers: where the tests prune; empty where the family may not.
+        positions: the model needs position ids to tell padding from text.
         batch: whether a padded batch is what its samples are alone, in the stock model too.
         placeholders: ids of vision tokens.
         tolerance: absolute, of the logits.
@@ -53,6 +54,7 @@ class LoopFamily:
     parts: Parts = Parts()
     experts: bool = True
     prune_layers: tuple[int, ...] = (1, 3)
+    positions: bool = False
     batch: bool = True
     placeholders: tuple[int, ...] = (IMAGE, VIDEO)
     tolerance: float = 2e-5
@@ -62,16 +64,22 @@ def _config_top_k(gate: torch.nn.Module, k: int) -> None:
     gate.config.top_k_experts = k
 
 
+def _capped(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    config = model.config.text_config
+    cap = getattr(config, "final_logit_softcapping", None) or model.final_logit_softcapping
+    return cap * torch.tanh(model.lm_head(hidden) * getattr(config, "output_multiplier", 1.0) / cap)
+
+
 LOOPS = {
     "internvl_qwen3_moe": LoopFamily(),
     "internvl_gpt_oss": LoopFamily(Parts(gate="router")),
-    "mistral3_mistral4": LoopFamily(),
+    "mistral3_mistral4": LoopFamily(positions=True),
     "lfm2_vl_lfm2_moe": LoopFamily(
         Parts(norm="ffn_norm", moe="feed_forward", scoring="sigmoid", final_norm="embedding_norm")
     ),
     "qwen3_vl_moe": LoopFamily(prune_layers=(0, 2)),
     "qwen3_omni_moe_thinker": LoopFamily(),
-    "qwen3_5_moe": LoopFamily(prune_layers=(3,)),
+    "qwen3_5_moe": LoopFamily(prune_layers=(3,), tolerance=1e-3),
     "glm4v_moe": LoopFamily(Parts(scoring="sigmoid")),
     "kimi_k25": LoopFamily(Parts(scoring="sigmoid")),
     "ernie4_5_vl_moe": LoopFamily(
@@ -92,15 +100,17 @@ LOOPS = {
         Parts(
             norm="pre_feedforward_layernorm",
             scoring="sigmoid",
+            head=_capped,
             finish=lambda layer, residual, output: layer.post_feedforward_residual_gate(
                 residual, layer.post_feedforward_layernorm(output)
             ),
         ),
         prune_layers=(3,),
+        tolerance=1e-3,
     ),
-    "mistral_large4": LoopFamily(prune_layers=(1, 3)),
+    "mistral_large4": LoopFamily(Parts(head=_capped), positions=True, prune_layers=(1, 3)),
     "gemma4": LoopFamily(Parts(moe="", gate="router", scoring="none", top_k=_config_top_k), prune_layers=()),
-    "glm5_next": LoopFamily(Parts(scoring="sigmoid"), prune_layers=()),
+    "glm5_next": LoopFamily(Parts(scoring="sigmoid"), prune_layers=(), batch=False),
     "qwen4_exp": LoopFamily(prune_layers=()),
     "inkling2": LoopFamily(Parts(scoring="sigmoid"), prune_layers=()),
     "nemotron_h_omni": LoopFamily(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,14 +107,13 @@ def run(
             arguments = _arguments(text.config, records["layers"][number], number, tokens, held[number], hidden, parts)
             arguments |= {"past_key_values": cache} | carried
             flags = [vision[token] and is_prompt for token in tokens]
-            gate = _gate(layer, parts)
-            with _fewer_experts(gate, parts, settings, number, flags):
-                if is_prompt and number in settings.prune_layers:
-                    hidden, rest, tokens_left = _pruned(loop, layer, number, hidden, arguments, flags, tokens)
-                else:
+            if is_prompt and number in settings.prune_layers:
+                hidden, rest, tokens_left = _pruned(loop, layer, number, hidden, arguments, flags, tokens)
+            else:
+                with _fewer_experts(_gate(layer, parts), parts, settings, number, flags):
                     output = layer(hidden, **arguments)
-                    hidden, *rest = output if isinstance(output, tuple) else (output,)
-                    tokens_left = tokens
+                hidden, *rest = output if isinstance(output, tuple) else (output,)
+                tokens_left = tokens
             if rest:
                 carried = {"prev_topk_indices": rest[0]}
             held[number] += tokens
@@ -129,6 +129,22 @@ def run(
         loop.logits.append(parts.head(model, final)[0])
         loop.kept.append(tokens)
     return loop
+
+
+def run_whole(
+    model: nn.Module, parts: Parts, settings: Settings, inputs: dict[str, Tensor], vision: Sequence[bool]
+) -> Tensor:
+    """Logits [n, vocabulary] of the stock model over a prompt and its answer, where tokens are not pruned.
+
+    Args:
+        model, parts, settings, inputs, vision: as in `run`.
+    """
+    model = copy.deepcopy(model)
+    layers = enumerate(model.get_submodule(parts.text).layers)
+    with ExitStack() as stack:
+        for number, layer in layers:
+            stack.enter_context(_fewer_experts(_gate(layer, parts), parts, settings, number, list(vision)))
+        return model(**inputs, use_cache=False).logits[0]
 
 
 def _gate(layer: nn.Module, parts: Parts) -> nn.Module | None:
@@ -307,7 +323,8 @@ def choose(
     outside = [index for index in entering if index not in members]
     worth = [float(probs[i].norm()) if settings.strategy == "routing_similarity" else importance[i] for i in outside]
     chosen, gap = best(worth, target - n_merged)
-    loop.margins.append(gap / max(worth))
+    # keys that a sparse layer does not choose have no attention at all: they tie, and the earlier ones stay
+    loop.margins.append(gap / max(worth) or 1.0)
     kept = {outside[index] for index in chosen}
     stays = [i for i, is_vision in enumerate(flags) if not is_vision or i in kept or i in merged]
     return [merged.get(index, [index]) for index in stays]

@@ -98,20 +98,22 @@ def test_a_batch_and_its_answers_equal_the_loop(name, kind):
         alone = alone[1:]
     batch = padded(alone)
     shape = batch["input_ids"].shape
+    placed = batch
+    if loop.positions:
+        placed = batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)}
     turn = torch.tensor([TURN] * shape[0])
     generate = dict(do_sample=False, min_new_tokens=ANSWER, max_new_tokens=ANSWER, return_dict_in_generate=True,
-                    output_logits=True)  # fmt: skip
+                    output_logits=True, suppress_tokens=[*range(tiny_families.IMAGE, tiny_families.VOCABULARY)])  # fmt: skip
     stock = model(**batch).logits
     with fastmmoe.enabled(model, config):
-        prompt = model(**batch).logits
+        prompt = model(**placed).logits
         lengths = fastmmoe.report(model).tokens_per_layer
         first = model.generate(**batch, **generate)
         ids = torch.cat((first.sequences, turn), 1)
         answer = ids[:, shape[1] :]
         text_only = {k: v for k, v in extended(batch, answer).items() if v.shape == ids.shape and k != "input_ids"}
-        second = model.generate(
-            input_ids=ids, **text_only, past_key_values=first.past_key_values, **(generate | dict(min_new_tokens=1, max_new_tokens=1))
-        )
+        generate |= dict(min_new_tokens=1, max_new_tokens=1)
+        second = model.generate(input_ids=ids, **text_only, past_key_values=first.past_key_values, **generate)
     assert torch.equal(model(**batch).logits, stock)
 
     margins = []
@@ -120,9 +122,15 @@ def test_a_batch_and_its_answers_equal_the_loop(name, kind):
         offset = shape[1] - n
         vision = [token in loop.placeholders for token in inputs["input_ids"][0].tolist()] + [False] * answer.shape[1]
         stretches = [n, *[1] * (ANSWER - 1), 1 + len(TURN)]
-        want = naive_loop.run(
-            model, loop.parts, settings_of(config), extended(inputs, answer[row : row + 1]), vision, stretches
-        )
+        given = model, loop.parts, settings_of(config), extended(inputs, answer[row : row + 1]), vision
+        if not loop.prune_layers:
+            whole = naive_loop.run_whole(*given)
+            torch.testing.assert_close(prompt[row, offset:], whole[:n], rtol=0, atol=loop.tolerance)
+            ends = [*range(n - 1, n + ANSWER - 1), n + ANSWER + len(TURN) - 1]
+            steps = torch.stack([first.logits[step][row] for step in range(ANSWER)] + [second.logits[0][row]])
+            torch.testing.assert_close(steps, whole[ends], rtol=0, atol=loop.tolerance)
+            continue
+        want = naive_loop.run(*given, stretches)
         margins += want.margins
         assert [tokens[row] for tokens in lengths] == want.lengths
         kept = torch.tensor(want.kept[0])
