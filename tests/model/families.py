@@ -79,7 +79,7 @@ LOOPS = {
     ),
     "qwen3_vl_moe": LoopFamily(prune_layers=(0, 2)),
     "qwen3_omni_moe_thinker": LoopFamily(),
-    "qwen3_5_moe": LoopFamily(prune_layers=(3,), tolerance=1e-3),
+    "qwen3_5_moe": LoopFamily(prune_layers=(3,), tolerance=5e-3),
     "glm4v_moe": LoopFamily(Parts(scoring="sigmoid")),
     "kimi_k25": LoopFamily(Parts(scoring="sigmoid")),
     "ernie4_5_vl_moe": LoopFamily(
@@ -106,12 +106,12 @@ LOOPS = {
             ),
         ),
         prune_layers=(3,),
-        tolerance=1e-3,
+        tolerance=5e-3,
     ),
     "mistral_large4": LoopFamily(Parts(head=_capped), positions=True, prune_layers=(1, 3)),
     "gemma4": LoopFamily(Parts(moe="", gate="router", scoring="none", top_k=_config_top_k), prune_layers=()),
     "glm5_next": LoopFamily(Parts(scoring="sigmoid"), prune_layers=(), batch=False),
-    "qwen4_exp": LoopFamily(prune_layers=()),
+    "qwen4_exp": LoopFamily(prune_layers=(), batch=False),
     "inkling2": LoopFamily(Parts(scoring="sigmoid"), prune_layers=()),
     "nemotron_h_omni": LoopFamily(
         Parts(text="language_model.model", norm="norm", moe="mixer", scoring="sigmoid"), prune_layers=()

@@ -132,19 +132,33 @@ def run(
 
 
 def run_whole(
-    model: nn.Module, parts: Parts, settings: Settings, inputs: dict[str, Tensor], vision: Sequence[bool]
-) -> Tensor:
-    """Logits [n, vocabulary] of the stock model over a prompt and its answer, where tokens are not pruned.
+    model: nn.Module, parts: Parts, settings: Settings, inputs: dict[str, Tensor], vision: Sequence[bool],
+    stretches: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """Logits [n, vocabulary] of each stretch of a prompt and its answer, by the stock model: tokens are not pruned.
 
     Args:
-        model, parts, settings, inputs, vision: as in `run`.
+        model, parts, settings, inputs, vision, stretches: as in `run`.
     """
     model = copy.deepcopy(model)
-    layers = enumerate(model.get_submodule(parts.text).layers)
+    shape, n = inputs["input_ids"].shape, stretches[0]
+    per_token = {name for name, value in inputs.items() if value.shape == shape}
+    prompt = {name: value[:, :n] if name in per_token else value for name, value in inputs.items()}
     with ExitStack() as stack:
-        for number, layer in layers:
-            stack.enter_context(_fewer_experts(_gate(layer, parts), parts, settings, number, list(vision)))
-        return model(**inputs, use_cache=False).logits[0]
+        for number, layer in enumerate(model.get_submodule(parts.text).layers):
+            stack.enter_context(_fewer_experts(_gate(layer, parts), parts, settings, number, list(vision[:n])))
+        output = model(**prompt, use_cache=True)
+    logits, end = [output.logits[0]], n
+    for count in stretches[1:]:
+        end += count
+        # as a user goes on: some models take more than the new tokens, and `generate` knows which
+        step = model.generate(
+            **{name: inputs[name][:, :end] for name in per_token},
+            past_key_values=output.past_key_values, max_new_tokens=1, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        logits.append(step.logits[0])
+    return logits
 
 
 def _gate(layer: nn.Module, parts: Parts) -> nn.Module | None:

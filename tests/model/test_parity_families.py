@@ -123,19 +123,15 @@ def test_a_batch_and_its_answers_equal_the_loop(name, kind):
         vision = [token in loop.placeholders for token in inputs["input_ids"][0].tolist()] + [False] * answer.shape[1]
         stretches = [n, *[1] * (ANSWER - 1), 1 + len(TURN)]
         given = model, loop.parts, settings_of(config), extended(inputs, answer[row : row + 1]), vision
-        if not loop.prune_layers:
-            whole = naive_loop.run_whole(*given)
-            torch.testing.assert_close(prompt[row, offset:], whole[:n], rtol=0, atol=loop.tolerance)
-            ends = [*range(n - 1, n + ANSWER - 1), n + ANSWER + len(TURN) - 1]
-            steps = torch.stack([first.logits[step][row] for step in range(ANSWER)] + [second.logits[0][row]])
-            torch.testing.assert_close(steps, whole[ends], rtol=0, atol=loop.tolerance)
-            continue
-        want = naive_loop.run(*given, stretches)
-        margins += want.margins
-        assert [tokens[row] for tokens in lengths] == want.lengths
-        kept = torch.tensor(want.kept[0])
-        torch.testing.assert_close(prompt[row, offset + kept], want.logits[0], rtol=0, atol=loop.tolerance)
+        if loop.prune_layers:
+            want = naive_loop.run(*given, stretches)
+            margins += want.margins
+            assert [tokens[row] for tokens in lengths] == want.lengths
+            kept, logits = torch.tensor(want.kept[0]), want.logits
+        else:
+            kept, logits = torch.arange(n), naive_loop.run_whole(*given, stretches)
+        torch.testing.assert_close(prompt[row, offset + kept], logits[0], rtol=0, atol=loop.tolerance)
         steps = [first.logits[step][row] for step in range(ANSWER)] + [second.logits[0][row]]
-        for got, expected in zip(steps, want.logits, strict=True):
+        for got, expected in zip(steps, logits, strict=True):
             torch.testing.assert_close(got, expected[-1], rtol=0, atol=loop.tolerance)
     assert min(margins, default=1) > 1e-5, "choices that a rounding error could flip: take another seed"
