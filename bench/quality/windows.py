@@ -97,7 +97,6 @@ class _BlockPruning(FastMMoEPruning):
                 hidden=_take(tokens.hidden, order),
                 residual=_take(tokens.residual, order),
                 seen=_take(tokens.seen, order),
-                rope=tuple(_take(table.expand(*order.shape, -1), order) for table in tokens.rope),
                 source=_take(source, order),
                 layout=replace(layout, run_rank=run_rank),
             )
@@ -108,7 +107,6 @@ class _BlockPruning(FastMMoEPruning):
             residual=_take(pruned.residual, back),
             index=_take(pruned.index, back),
             merged=_take(pruned.merged, back),
-            rope=tuple(_take(table, back) for table in pruned.rope),
             # in the order of the sequence the picture is one run again
             layout=replace(pruned.layout, run_rank=_ranks(pruned.layout.vision_mask)),
         )

@@ -44,7 +44,6 @@ class PrunedBatch(NamedTuple):
         index: int64 [B, n'], source position of each token (a merged token's is its window's first), counted in the
             earlier sequence when `source` was given; -1 at padding.
         valid: bool [B, n'], false at padding.
-        rope: (cos, sin), each [B, n', D], of the survivors' source positions, zeros at padding; None if not given.
     """
 
     hidden: torch.Tensor
@@ -53,7 +52,6 @@ class PrunedBatch(NamedTuple):
     merged: torch.Tensor
     layout: VisionLayout
     valid: torch.Tensor
-    rope: tuple[torch.Tensor, torch.Tensor] | None
 
 
 def prune_tokens(
@@ -86,7 +84,6 @@ def prune_batch(
     importance: torch.Tensor,
     layout: VisionLayout,
     *,
-    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     source: torch.Tensor | None = None,
     keep_ratio: float | None = None,
     targets: Sequence[int] | None = None,
@@ -109,7 +106,6 @@ def prune_batch(
         probs: float32 [B, n, E], the gate's probabilities at this layer.
         importance: float32 [B, n], attention probability from the sample's last token to each token.
         layout: where the vision tokens are.
-        rope: (cos, sin), floating [B or 1, n, D] each, or None.
         source: int64 [B, n], position of each token in an earlier, longer sequence (behind an earlier stage, that
             stage's `index`); None when the tokens are that sequence.
         keep_ratio: share of the vision tokens entering this stage that survive, in (0, 1].
@@ -130,8 +126,6 @@ def prune_batch(
     check_tensor("residual", residual, (batch, n, hidden.shape[2]), FLOATS, layout.device)
     check_tensor("probs", probs, (batch, n, "E"), (torch.float32,), layout.device)
     check_tensor("importance", importance, (batch, n), (torch.float32,), layout.device)
-    if rope is not None:
-        _check_rope(rope, layout)
     if source is not None:
         check_tensor("source", source, (batch, n), (torch.int64,), layout.device)
     if (keep_ratio is None) == (targets is None):
@@ -165,16 +159,14 @@ def prune_batch(
     elif strategy == "routing_similarity":
         importance = torch.linalg.vector_norm(probs, dim=-1)
     stage = PruneArguments(
-        hidden, residual, importance, redundancy, windows, layout.run_rank, table, list(rope or ()), source,
-        counts.width, max(counts.most_merged, default=0), window, merge_method,
+        hidden, residual, importance, redundancy, windows, layout.run_rank, table, source, counts.width,
+        max(counts.most_merged, default=0), window, merge_method,
     )  # fmt: skip
-    short_hidden, short_residual, index, merged, valid, run_rank, tables = _prune_batch(*stage, backend)
+    short_hidden, short_residual, index, merged, valid, run_rank = _prune_batch(*stage, backend)
     short = dataclasses.replace(
         layout, width=counts.width, lengths=counts.lengths, n_vision=counts.targets, run_rank=run_rank
     )
-    return PrunedBatch(
-        short_hidden, short_residual, index, merged, short, valid, None if rope is None else (tables[0], tables[1])
-    )
+    return PrunedBatch(short_hidden, short_residual, index, merged, short, valid)
 
 
 def token_redundancy(redundancy: torch.Tensor, run_rank: torch.Tensor, window: int) -> torch.Tensor:
@@ -192,17 +184,6 @@ def _check_targets(targets: Sequence[int], layout: VisionLayout, merge_ratio: fl
         raise ValueError(f"merge_ratio: expected 0 with targets, got {merge_ratio}")
 
 
-def _check_rope(rope: object, layout: VisionLayout) -> None:
-    """Refuse anything but two tables alike, of the batch or of one sample."""
-    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
-        raise TypeError(f"rope: expected a pair of tensors (cos, sin) or None, got {type(rope).__name__}")
-    cos, sin = rope
-    check_tensor("rope[0]", cos, ("B or 1", layout.width, "D"), FLOATS, layout.device)
-    if cos.shape[0] not in (1, layout.batch_size):
-        raise ValueError(f"rope[0]: expected tables for 1 or {layout.batch_size} samples, got {cos.shape[0]}")
-    check_tensor("rope[1]", sin, tuple(cos.shape), (cos.dtype,), layout.device)
-
-
 def _fake(stage):
     hidden, residual, run_rank, width = stage.hidden, stage.residual, stage.run_rank, stage.width
     batch, _, features = hidden.shape
@@ -213,7 +194,6 @@ def _fake(stage):
         run_rank.new_empty(batch, width, dtype=torch.bool),
         run_rank.new_empty(batch, width, dtype=torch.bool),
         run_rank.new_empty(batch, width),
-        [angles.new_empty(batch, width, angles.shape[2]) for angles in stage.rope],
     )
 
 

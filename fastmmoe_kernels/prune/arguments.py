@@ -18,7 +18,6 @@ class PruneArguments(NamedTuple):
     windows: torch.Tensor  # int32 [B]
     run_rank: torch.Tensor  # int32 [B, n]
     table: torch.Tensor  # int32 [5, B]: start, length, target, most_merged, new start
-    rope: list[torch.Tensor]  # cos and sin, each [B or 1, n, D], or nothing
     source: torch.Tensor | None  # int64 [B, n]
     width: int
     most_merged: int  # the table's largest; for the torch backend, which gathers the merged windows
@@ -26,7 +25,5 @@ class PruneArguments(NamedTuple):
     merge_method: str
 
 
-# hidden and residual, [B, width, H]; index, merged, valid and run_rank, [B, width]; rope, each [B, width, D]
-PruneResults = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
-]
+# hidden and residual, [B, width, H]; index, merged, valid and run_rank, [B, width]
+PruneResults = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -128,13 +128,13 @@ def select_kernel(
 
 
 @triton.jit
-def _copy_row(x_ptr, out_ptr, is_token, length, BLOCK: tl.constexpr):
+def _copy_row(x_ptr, out_ptr, is_token, H, BLOCK_H: tl.constexpr):
     """Write one output row: a copy, or zeros where there is no token."""
-    readable = tl.where(is_token, length, 0)
-    for start in range(0, length, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    readable = tl.where(is_token, H, 0)
+    for start in range(0, H, BLOCK_H):
+        column = start + tl.arange(0, BLOCK_H)
         x = tl.load(x_ptr + column, mask=column < readable, other=0.0)
-        tl.store(out_ptr + column, x, mask=column < length)
+        tl.store(out_ptr + column, x, mask=column < H)
 
 
 @triton.jit
@@ -169,8 +169,6 @@ def _merge_rows(
 def move_and_merge_kernel(
     hidden_ptr,  # [B, n, H]
     residual_ptr,  # [B, n, H]
-    cos_ptr,  # [B, n, D], or None
-    sin_ptr,  # [B, n, D], or None
     source_ptr,  # [B, n], or None
     rank_ptr,  # [B, n]
     head_ptr,  # int8 [B, n]
@@ -178,8 +176,6 @@ def move_and_merge_kernel(
     origin_ptr,  # [B, width]
     out_hidden_ptr,  # [B, width, H] out
     out_residual_ptr,  # [B, width, H] out
-    out_cos_ptr,  # [B, width, D] out, or None
-    out_sin_ptr,  # [B, width, D] out, or None
     index_ptr,  # int64 [B, width] out
     merged_ptr,  # bool [B, width] out
     valid_ptr,  # bool [B, width] out
@@ -187,20 +183,14 @@ def move_and_merge_kernel(
     n,
     width,
     H,
-    D,
     hidden_stride_batch,
     hidden_stride_token,
     residual_stride_batch,
     residual_stride_token,
-    cos_stride_batch,
-    cos_stride_token,
-    sin_stride_batch,
-    sin_stride_token,
     WINDOW: tl.constexpr,
     MLERP: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     row = sample * n
@@ -220,11 +210,6 @@ def move_and_merge_kernel(
     run_start = tl.where(rank >= 0, token - rank, 0)
     new_rank = tl.program_id(0) - tl.load(slot_ptr + row + run_start)
     tl.store(out_rank_ptr + out, tl.where(rank >= 0, new_rank, -1))
-    if cos_ptr is not None:
-        cos = cos_ptr + sample * cos_stride_batch + token * cos_stride_token
-        sin = sin_ptr + sample * sin_stride_batch + token * sin_stride_token
-        _copy_row(cos, out_cos_ptr + out * D, is_token, D, BLOCK_D)
-        _copy_row(sin, out_sin_ptr + out * D, is_token, D, BLOCK_D)
 
     hidden = hidden_ptr + sample * hidden_stride_batch + token * hidden_stride_token
     residual = residual_ptr + sample * residual_stride_batch + token * residual_stride_token
@@ -244,10 +229,8 @@ def prune_batch_triton(stage: PruneArguments) -> PruneResults:
     run_rank, source, width, window = stage.run_rank, stage.source, stage.width, stage.window
     batch, n, features = stage.hidden.shape
     hidden, residual = _unit_last_stride(stage.hidden), _unit_last_stride(stage.residual)
-    rope = [_unit_last_stride(angles).expand(batch, -1, -1) for angles in stage.rope]
     out_hidden = hidden.new_empty(batch, width, features)
     out_residual = residual.new_empty(batch, width, features)
-    out_rope = [angles.new_empty(batch, width, angles.shape[2]) for angles in rope]
     index = run_rank.new_empty(batch, width, dtype=torch.int64)
     merged = run_rank.new_empty(batch, width, dtype=torch.bool)
     valid = run_rank.new_empty(batch, width, dtype=torch.bool)
@@ -261,17 +244,13 @@ def prune_batch_triton(stage: PruneArguments) -> PruneResults:
             stage.redundancy, stage.windows, stage.importance.contiguous(), run_rank, stage.table, keys, head, slot,
             origin, n, width, batch, WINDOW=window, BLOCK_N=BLOCK_N, num_warps=SELECT_WARPS,
         )  # fmt: skip
-        cos, sin = rope or (None, None)
-        out_cos, out_sin = out_rope or (None, None)
-        angles = 0 if cos is None else cos.shape[2]
-        strides = [stride for x in (hidden, residual, *rope) for stride in x.stride()[:2]]
         move_and_merge_kernel[(width, batch)](
-            hidden, residual, cos, sin, None if source is None else source.contiguous(), run_rank, head, slot, origin,
-            out_hidden, out_residual, out_cos, out_sin, index, merged, valid, out_rank,
-            n, width, features, angles, *(strides if rope else (*strides, 0, 0, 0, 0)),
+            hidden, residual, None if source is None else source.contiguous(), run_rank, head, slot, origin,
+            out_hidden, out_residual, index, merged, valid, out_rank,
+            n, width, features, *hidden.stride()[:2], *residual.stride()[:2],
             WINDOW=window, MLERP=stage.merge_method == "mlerp", **move_blocks(window, features),
         )  # fmt: skip
-    return out_hidden, out_residual, index, merged, valid, out_rank, out_rope
+    return out_hidden, out_residual, index, merged, valid, out_rank
 
 
 def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
@@ -282,11 +261,7 @@ def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
 def move_blocks(window: int, features: int) -> dict[str, int]:
     """Block sizes of `move_and_merge_kernel`: a window's slice of at most 4,096 values at a time."""
     block_w = triton.next_power_of_2(window)
-    return {
-        "BLOCK_W": block_w,
-        "BLOCK_H": min(triton.next_power_of_2(features), max(16, 4096 // block_w)),
-        "BLOCK_D": 128,
-    }
+    return {"BLOCK_W": block_w, "BLOCK_H": min(triton.next_power_of_2(features), max(16, 4096 // block_w))}
 
 
 def aot_variants() -> list[KernelVariant]:
@@ -301,23 +276,17 @@ def aot_variants() -> list[KernelVariant]:
             num_warps=SELECT_WARPS,
         )
     ]  # fmt: skip
-    # a prefill's first stage, its later stages, and `prune_tokens`
-    for has_rope, has_source in ((True, False), (True, True), (False, False)):
+    for has_source in (False, True):  # a prefill's first stage, its later stages
         for dtype in ("*bf16", "*fp16", "*fp32"):
-            optional = {
-                name: dtype if has_rope else None for name in ("cos_ptr", "sin_ptr", "out_cos_ptr", "out_sin_ptr")
-            }
-            optional["source_ptr"] = "*i64" if has_source else None
             types = {
                 "hidden_ptr": dtype, "residual_ptr": dtype, "rank_ptr": "*i32", "head_ptr": "*i8", "slot_ptr": "*i32",
                 "origin_ptr": "*i32", "out_hidden_ptr": dtype, "out_residual_ptr": dtype, "index_ptr": "*i64",
                 "merged_ptr": "*u1", "valid_ptr": "*u1", "out_rank_ptr": "*i32", "n": "i32", "width": "i32", "H": "i32",
-                "D": "i32", "hidden_stride_batch": "i32", "hidden_stride_token": "i32", "residual_stride_batch": "i32",
-                "residual_stride_token": "i32", "cos_stride_batch": "i32", "cos_stride_token": "i32",
-                "sin_stride_batch": "i32", "sin_stride_token": "i32",
+                "hidden_stride_batch": "i32", "hidden_stride_token": "i32", "residual_stride_batch": "i32",
+                "residual_stride_token": "i32",
             }  # fmt: skip
-            types |= {name: kind for name, kind in optional.items() if kind}
-            absent = {name: None for name, kind in optional.items() if not kind}
+            types |= {"source_ptr": "*i64"} if has_source else {}
+            absent = {} if has_source else {"source_ptr": None}
             variants += [
                 KernelVariant(
                     move_and_merge_kernel, types, {"WINDOW": 3, "MLERP": mlerp, **absent, **move_blocks(3, 2048)}

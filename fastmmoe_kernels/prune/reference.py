@@ -35,9 +35,6 @@ def prune_batch_reference(stage: PruneArguments) -> PruneResults:
     new_rank = torch.where(vision, before - before.gather(1, run_start), -1)
     new_rank = torch.where(valid, new_rank.gather(1, origin), -1).to(torch.int32)
 
-    def move(x: torch.Tensor) -> torch.Tensor:
-        return torch.where(valid.unsqueeze(-1), _rows(x, origin), 0)
-
     heads = by_redundancy[:, : stage.most_merged]  # [B, M]
     into = torch.where(is_merged_head.gather(1, heads), slot.gather(1, heads), width)
     offset = torch.arange(window, device=hidden.device)
@@ -46,15 +43,15 @@ def prune_batch_reference(stage: PruneArguments) -> PruneResults:
     is_member = run_rank.gather(1, members.flatten(1)).view_as(members) == expected_rank
 
     def shorten(x: torch.Tensor) -> torch.Tensor:
-        out = torch.nn.functional.pad(move(x), (0, 0, 0, 1))  # the last row is scratch
+        moved = torch.where(valid.unsqueeze(-1), _rows(x, origin), 0)
+        out = torch.nn.functional.pad(moved, (0, 0, 0, 1))  # the last row is scratch
         if stage.most_merged:
             tokens = _rows(x, members.flatten(1)).view(*members.shape, -1)  # [B, M, W, H]
             merge = _mlerp if stage.merge_method == "mlerp" else _mean
             out.scatter_(1, into.unsqueeze(-1).expand(-1, -1, x.shape[2]), merge(tokens.float(), is_member).to(x.dtype))
         return out[:, :width].contiguous()
 
-    tables = [move(angles.expand(hidden.shape[0], -1, -1)) for angles in stage.rope]
-    return shorten(hidden), shorten(stage.residual), index, merged, valid, new_rank, tables
+    return shorten(hidden), shorten(stage.residual), index, merged, valid, new_rank
 
 
 def _largest(keys: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

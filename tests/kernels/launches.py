@@ -85,22 +85,16 @@ def attend(
     return launched(fk.last_query_attention, query, key, scale=0.1, key_mask=mask, sinks=sinks)
 
 
-def prune(num_tokens, experts=128, features=2048, angles=128, batch=1, dtype=torch.bfloat16):
-    """By itself, and as the first and as a later stage of a prefill."""
+def prune(num_tokens, experts=128, features=2048, batch=1, dtype=torch.bfloat16):
+    """As the first and as a later stage of a prefill."""
     hidden = torch.empty(batch, num_tokens, features, dtype=dtype)
     probs, importance = torch.empty(batch, num_tokens, experts), torch.empty(batch, num_tokens)
     layout = fk.VisionLayout.from_mask(ones(batch, num_tokens))
-    rope = (torch.empty(1, num_tokens, angles, dtype=dtype),) * 2
     source = torch.empty(batch, num_tokens, dtype=torch.int64)
-    stages = (
-        (fk.prune_tokens, {}),
-        (fk.prune_batch, dict(rope=rope)),
-        (fk.prune_batch, dict(rope=rope, source=source)),
-    )
     settings = dict(keep_ratio=0.79, merge_ratio=0.025, window=3, alpha=0.5, strategy="hybrid", merge_method="mlerp")
     return [
         launch
-        for op, extra in stages
+        for op, extra in ((fk.prune_tokens, {}), (fk.prune_batch, dict(source=source)))
         for launch in launched(op, hidden, hidden, probs, importance, layout, **settings, **extra)
     ]
 
@@ -154,12 +148,12 @@ def main():
             ],
             "DeepSeek-VL2 Small": [
                 *route(1500, 64, 6, dtype=torch.float32, norm_topk_prob=False), *attend(1500, 16, 16, 192),
-                *gate(1500, 64, 6, norm_topk_prob=False, return_probs=True), *prune(1500, 64, angles=64),
+                *gate(1500, 64, 6, norm_topk_prob=False, return_probs=True), *prune(1500, 64),
             ],
             "DeepSeek-VL2": [
                 *route(1500, 72, 6, dtype=torch.float32, scoring="sigmoid", correction_bias=torch.empty(72)),
                 *gate(1500, 72, 6, 2560, padded=True, scoring="sigmoid", correction_bias=torch.empty(72)),
-                *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536), *prune(1500, 72, 2560, 64),
+                *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536), *prune(1500, 72, 2560),
             ],
         },
     }  # fmt: skip

@@ -49,13 +49,11 @@ def prune(**options):
     """With both rankings that `prune_batch` works out itself."""
     batch = random_batch(0, [12, 9], 0.9, "left").to(DEVICE, torch.float32)
     streams = (batch.hidden, batch.residual, batch.probs, batch.importance, batch.layout)
-    options |= dict(rope=random_tensors((1, 12, 4), (1, 12, 4)), keep_ratio=0.5, merge_ratio=0.3, window=3, alpha=0.5)
+    options |= dict(keep_ratio=0.5, merge_ratio=0.3, window=3, alpha=0.5)
     by_norm = fk.prune_batch(*streams, strategy="routing_similarity", merge_method="mlerp", **options)
     by_redundancy = fk.prune_batch(*streams, strategy="hybrid", keep_by="redundancy", merge_method="mean", **options)
     return [
-        tensor
-        for pruned in (by_norm, by_redundancy)
-        for tensor in (*pruned[:4], pruned.layout.run_rank, pruned.valid, *pruned.rope)
+        tensor for pruned in (by_norm, by_redundancy) for tensor in (*pruned[:4], pruned.layout.run_rank, pruned.valid)
     ]
 
 

@@ -18,25 +18,16 @@ STAGE = dict(keep_ratio=0.5, merge_ratio=0.3, window=3, alpha=0.5, strategy="hyb
 MARGIN = 1e-5  # float32 may decide closer calls otherwise; exact ties are tested by themselves
 
 
-def random_rope(batch, samples=None, angles=6, dtype=torch.float32):
-    """(cos, sin) for a batch, or of `samples` samples; NaN at padding unless samples share a table."""
-    own = samples is None
-    shape = (batch.valid.shape[0] if own else samples, batch.valid.shape[1], angles)
-    rope = tuple(torch.randn(shape).to(dtype) for _ in range(2))
-    return tuple(t.masked_fill(~batch.valid.unsqueeze(-1), float("nan")) for t in rope) if own else rope
-
-
 def random_source(batch):
     """Positions in a sequence of three times the length, as an earlier stage may leave them."""
     source = torch.rand(batch.valid.shape[0], 3 * batch.valid.shape[1]).argsort(1)[:, : batch.valid.shape[1]]
     return source.sort(1).values.masked_fill(~batch.valid, -1)
 
 
-def check(batch, backend, dtype=torch.float32, rtol=1e-5, atol=1e-5, rope=None, source=None, **stage):
+def check(batch, backend, dtype=torch.float32, rtol=1e-5, atol=1e-5, source=None, **stage):
     device = batch.to(DEVICE, dtype)
     got = prune_batch(
         device.hidden, device.residual, device.probs, device.importance, device.layout, backend=backend,
-        rope=None if rope is None else tuple(table.to(DEVICE) for table in rope),
         source=None if source is None else source.to(DEVICE), **stage,
     )  # fmt: skip
     hidden, residual, origin, merged = oracle.prune_tokens(
@@ -52,14 +43,6 @@ def check(batch, backend, dtype=torch.float32, rtol=1e-5, atol=1e-5, rope=None, 
     for name, have, want in (("hidden", got.hidden, hidden), ("residual", got.residual, residual)):
         assert have.dtype == dtype and have.is_contiguous()
         torch.testing.assert_close(have.cpu().float(), torch.from_numpy(want).float(), rtol=rtol, atol=atol, msg=name)
-    assert (got.rope is None) == (rope is None)
-    for have, table in zip(got.rope or (), rope or (), strict=True):
-        want = torch.zeros(*origin.shape, table.shape[2], dtype=table.dtype)
-        for sample, row in enumerate(origin.tolist()):
-            for slot, position in enumerate(row):
-                if position >= 0:
-                    want[sample, slot] = table[sample if len(table) > 1 else 0, position]
-        assert have.dtype == table.dtype and have.is_contiguous() and torch.equal(have.cpu(), want)
 
     # the new layout says what masks of the shorter batch would say
     shorter = VisionLayout.from_mask(batch.vision.gather(1, kept) & (origin >= 0), origin >= 0)
@@ -70,18 +53,6 @@ def check(batch, backend, dtype=torch.float32, rtol=1e-5, atol=1e-5, rope=None, 
         plan = prune_plan(runs, stage["keep_ratio"], stage["merge_ratio"], stage["window"])
         assert (plan.target, plan.merged) == (target, merged)
     return got
-
-
-@st.composite
-def extras(draw, batch):
-    """Nothing, or RoPE tables of the batch or shared by it, and sources."""
-    samples = draw(st.sampled_from([None, 1]))
-    dtype = draw(st.sampled_from([torch.float32, torch.float16]))
-    has_rope, has_source = draw(st.booleans()), draw(st.booleans())
-    return dict(
-        rope=random_rope(batch, samples, draw(st.sampled_from([1, 6, 130])), dtype) if has_rope else None,
-        source=random_source(batch) if has_source else None,
-    )
 
 
 @st.composite
@@ -99,14 +70,14 @@ def stages(draw):
 @pytest.mark.parametrize(("backend", "examples"), [("torch", 100), ("triton", 6)])
 def test_equals_reference(backend, examples):
     @settings(max_examples=examples, deadline=None)
-    @given(batch=batches(), stage=stages(), data=st.data())
-    def run(batch, stage, data):
+    @given(batch=batches(), stage=stages(), has_source=st.booleans())
+    def run(batch, stage, has_source):
         scoring = {k: v for k, v in stage.items() if k != "merge_method"}
         margins = oracle.selection_margin(
             batch.probs.numpy(), batch.importance.numpy(), batch.vision.numpy(), batch.valid.numpy(), **scoring
         )
         assume(all((margin > MARGIN).all() for margin in margins))
-        check(batch, backend, **stage, **data.draw(extras(batch)))
+        check(batch, backend, source=random_source(batch) if has_source else None, **stage)
 
     run()
 
@@ -177,7 +148,7 @@ def test_keys_that_are_no_numbers(backend):
     table = torch.tensor([[0, 0], [8, 8], [4, 3], [2, 2], [0, 1]], dtype=torch.int32)
     windows = torch.tensor([4, 4], dtype=torch.int32)
     arguments = [t.to(DEVICE) for t in (x, x, importance, redundancy, windows, rank, table)]
-    _, _, index, merged, valid, _, _ = _prune_batch(*arguments, [], None, 4, 2, 2, "mean", backend)
+    _, _, index, merged, valid, _ = _prune_batch(*arguments, None, 4, 2, 2, "mean", backend)
     # two windows of the first sample, then its largest tokens; of the second all that can be selected
     assert index.tolist() == [[0, 2, 4, 6], [-1, 6, -1, -1]]
     assert merged.tolist() == [[True, False, True, False], [False] * 4]
@@ -196,8 +167,7 @@ def test_half_precision(backend):
     """fp16 in and out, arithmetic in fp32: only the final rounding differs."""
     batch = random_batch(3, [20, 13], 0.9, "left", features=33)
     batch.hidden, batch.residual = batch.hidden.half().float(), batch.residual.half().float()
-    rope = random_rope(batch, angles=16, dtype=torch.float16)
-    check(batch, backend, torch.float16, rtol=1e-3, atol=1e-6, rope=rope, **STAGE)
+    check(batch, backend, torch.float16, rtol=1e-3, atol=1e-6, **STAGE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,7 +187,7 @@ def test_padding_goes_when_nothing_else_does(backend):
     batch.importance = torch.nn.functional.pad(batch.importance, (3, 0), value=float("nan"))
     batch.vision = torch.nn.functional.pad(batch.vision, (3, 0))
     batch.valid = torch.nn.functional.pad(batch.valid, (3, 0))
-    got = check(batch, backend, rope=random_rope(batch), **STAGE | dict(keep_ratio=1.0))
+    got = check(batch, backend, **STAGE | dict(keep_ratio=1.0))
     assert got.index.tolist() == [[3, 4, 5, 6, 7, 8], [-1, -1, 5, 6, 7, 8]]
 
 
@@ -229,27 +199,22 @@ def test_samples_that_are_not_pruned(backend, padding_side):
     batch.vision[0] = False
     batch.vision[1, :-1] = False
     batch.vision[2, 5:9] = False
-    got = check(batch, backend, rope=random_rope(batch), source=random_source(batch), **STAGE)
+    got = check(batch, backend, source=random_source(batch), **STAGE)
     assert got.layout.lengths == (10, 16, 10, 7) and got.layout.n_vision == (0, 1, 6, 7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_three_stages(backend, padding_side):
-    """Each stage's index and tables lead back to the first stage's input."""
+    """Each stage's index leads back to the first stage's input."""
     first = batch = random_batch(14, [30, 23], 0.9, padding_side, features=4)
-    tables = rope = random_rope(batch)
     source = None
     was_merged = torch.zeros_like(batch.valid)
     for seed in range(3):
-        got = check(batch, backend, rope=rope, source=source, **STAGE | dict(keep_ratio=0.7))
-        rope, source = tuple(table.cpu() for table in got.rope), got.index.cpu()
+        got = check(batch, backend, source=source, **STAGE | dict(keep_ratio=0.7))
+        source = got.index.cpu()
         kept = source.clamp_min(0)
         was_merged |= torch.zeros_like(was_merged).scatter_(1, kept, got.merged.cpu())
-        for have, want in zip(rope, tables, strict=True):
-            assert torch.equal(
-                have[got.valid.cpu()], want.gather(1, kept.unsqueeze(-1).expand_as(have))[got.valid.cpu()]
-            )
         untouched = got.valid.cpu() & ~was_merged.gather(1, kept)
         rows = first.hidden.gather(1, kept.unsqueeze(-1).expand(-1, -1, 4))
         assert torch.equal(got.hidden.cpu()[untouched], rows[untouched])
@@ -264,7 +229,7 @@ def test_three_stages(backend, padding_side):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend):
-    """Streams and tables that are slices of something larger, as a model may hand them over."""
+    """Streams that are slices of something larger, as a model may hand them over."""
     batch = random_batch(6, [15, 9], 0.9, "right", features=8)
     wide = torch.full((2, 15, 20), float("nan"))
     wide[..., 3:11] = batch.hidden
@@ -272,23 +237,19 @@ def test_strided_inputs(backend):
     batch.residual = batch.residual.transpose(1, 2).contiguous().transpose(1, 2)
     device = batch.to(DEVICE, torch.float32)
     assert not device.hidden.is_contiguous() and not device.residual.is_contiguous()
-    cos, sin = torch.randn(2, 15, 9)[..., 2:5], torch.randn(15, 2, 3).transpose(0, 1)
-    check(batch, backend, rope=(cos, sin), source=random_source(batch).t().contiguous().t(), **STAGE)
-    cos, sin = torch.randn(1, 3, 15).transpose(1, 2), torch.randn(1, 15, 3).expand(2, -1, -1)
-    check(batch, backend, rope=(cos.expand(2, -1, -1), sin), **STAGE)
+    check(batch, backend, source=random_source(batch).t().contiguous().t(), **STAGE)
 
 
 def arguments_of(batch, **extra):
     """The arguments of `prune_batch`, without NaN: torch compares them."""
     device = batch.to(DEVICE, torch.float32)
-    rope = tuple(table.to(DEVICE).nan_to_num() for table in random_rope(batch))
     streams = (device.hidden, device.residual, device.probs, device.importance)
     source = random_source(batch).to(DEVICE)
-    return [x.nan_to_num() for x in streams], dict(layout=device.layout, rope=rope, source=source, **STAGE, **extra)
+    return [x.nan_to_num() for x in streams], dict(layout=device.layout, source=source, **STAGE, **extra)
 
 
 def tensors_of(pruned):
-    return [*pruned[:4], pruned.layout.run_rank, pruned.valid, *pruned.rope]
+    return [*pruned[:4], pruned.layout.run_rank, pruned.valid]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -303,9 +264,9 @@ def test_same_bits_every_time(backend):
 def test_prune_tokens_is_the_same_stage(backend):
     streams, options = arguments_of(random_batch(15, [14, 11], 0.9, "right"), backend=backend)
     layout = options.pop("layout")
-    options |= dict(rope=None, source=None)
+    options["source"] = None
     want = prune_batch(*streams, layout, **options)
-    del options["rope"], options["source"]
+    del options["source"]
     got = prune_tokens(*streams, layout, **options)
     assert got._fields == want._fields[:5]
     for have, expected in zip(got[:4], want[:4], strict=True):
@@ -313,15 +274,14 @@ def test_prune_tokens_is_the_same_stage(backend):
     assert torch.equal(got.layout.run_rank, want.layout.run_rank)
 
 
-@pytest.mark.parametrize("has_extras", [False, True])
-def test_compiles_to_one_graph(has_extras):
+@pytest.mark.parametrize("has_source", [False, True])
+def test_compiles_to_one_graph(has_source):
     streams, options = arguments_of(random_batch(8, [12, 9], 0.9, "left"))
-    if not has_extras:
-        options |= dict(rope=None, source=None)
+    if not has_source:
+        options["source"] = None
 
     def stage(*streams):
-        pruned = prune_batch(*streams, **options)
-        return [*pruned[:4], pruned.layout.run_rank, pruned.valid, *(pruned.rope or ())]
+        return tensors_of(prune_batch(*streams, **options))
 
     for have, want in zip(
         torch.compile(stage, fullgraph=True, backend="aot_eager")(*streams), stage(*streams), strict=True
@@ -330,18 +290,18 @@ def test_compiles_to_one_graph(has_extras):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("has_extras", [False, True])
-def test_opcheck(backend, has_extras):
+@pytest.mark.parametrize("has_source", [False, True])
+def test_opcheck(backend, has_source):
     batch = random_batch(16, [9, 4], 0.8, "right")
     (hidden, residual, _, importance), options = arguments_of(batch)
     redundancy = torch.where(options["layout"].run_rank % 3 == 0, importance, float("-inf"))
     windows = (redundancy >= 0).sum(1, dtype=torch.int32)
     table = torch.tensor([[0, 0], [9, 4], options["layout"].n_vision, [2, 1], [0, 0]], dtype=torch.int32, device=DEVICE)
-    rope, source = (list(options["rope"]), options["source"]) if has_extras else ([], None)
+    source = options["source"] if has_source else None
     torch.library.opcheck(
         _prune_batch,
-        (hidden, residual, importance, redundancy, windows, options["layout"].run_rank, table, rope, source, 9, 2, 3,
-         "mlerp", backend),
+        (hidden, residual, importance, redundancy, windows, options["layout"].run_rank, table, source, 9, 2, 3, "mlerp",
+         backend),
     )  # fmt: skip
 
 
@@ -361,12 +321,6 @@ def test_opcheck(backend, has_extras):
         ({"alpha": "x"}, TypeError, "alpha"),
         ({"strategy": "none"}, ValueError, "strategy"),
         ({"merge_method": "max"}, ValueError, "merge_method"),
-        ({"rope": torch.zeros(1, 5, 2)}, TypeError, "rope"),
-        ({"rope": (torch.zeros(1, 5, 2),)}, TypeError, "rope"),
-        ({"rope": (torch.zeros(1, 5, 2), None)}, TypeError, r"rope\[1\]"),
-        ({"rope": (torch.zeros(2, 5, 2), torch.zeros(2, 5, 2))}, ValueError, r"rope\[0\]"),
-        ({"rope": (torch.zeros(1, 5, 2), torch.zeros(1, 5, 3))}, ValueError, r"rope\[1\]"),
-        ({"rope": (torch.zeros(1, 5, 2), torch.zeros(1, 5, 2).half())}, TypeError, r"rope\[1\]"),
         ({"source": torch.zeros(1, 4, dtype=torch.int64)}, ValueError, "source"),
         ({"source": torch.zeros(1, 5, dtype=torch.int32)}, TypeError, "source"),
         ({"keep_by": "norm"}, ValueError, "keep_by"),
@@ -456,9 +410,8 @@ def test_real_size_on_gpu(dtype, strategy):
     """float32 scores may call near-ties differently."""
     batch = real_batch(dtype)
     rtol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    extra = dict(rope=random_rope(batch, 1, 128, dtype), source=random_source(batch))
     stage = STAGE | dict(strategy=strategy, merge_ratio=0.025)
-    check(batch, "triton", dtype, rtol=rtol, atol=1e-5, **extra, **stage)
+    check(batch, "triton", dtype, rtol=rtol, atol=1e-5, source=random_source(batch), **stage)
 
 
 @pytest.mark.gpu
