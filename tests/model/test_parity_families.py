@@ -9,49 +9,11 @@ import fastmmoe
 from fastmmoe import FastMMoEConfig
 
 from . import naive_loop, tiny_families
-from .families import LOOPS
+from .families import LOOPS, padded, samples
 from .naive import Settings
 
-PROMPTS = (((5, 6), (7, 8, 9)), ((5, 6, 31), (17, 18), (27, 28, 29, 30)))  # text around the images
 TURN = (41, 42, 43)
 ANSWER = 4
-
-
-def samples(name: str, seed: int = 0) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
-    """(model, inputs of a prompt with one image and of one with two, as they are alone)."""
-    model, one = tiny_families.FAMILIES[name](seed)
-    image = one["input_ids"][0, len(tiny_families.HEAD) : -len(tiny_families.TAIL)].tolist()
-    generator = torch.Generator().manual_seed(seed + 7)
-    per_token = {key: one[key][0, len(tiny_families.HEAD)] for key in one if key.endswith("token_type_ids")}
-    features = {key: one[key] for key in one if key not in ("input_ids", "attention_mask") and key not in per_token}
-    made = []
-    for texts in PROMPTS:
-        ids = [*texts[0], *(token for text in texts[1:] for token in (*image, *text))]
-        inputs = {"input_ids": torch.tensor([ids])}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        for key in per_token:
-            wide = one[key][0, len(tiny_families.HEAD) : -len(tiny_families.TAIL)].tolist()
-            inputs[key] = torch.tensor([[0] * len(texts[0]) + [t for s in texts[1:] for t in (*wide, *[0] * len(s))]])
-        for key, value in features.items():
-            drawn = [
-                torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
-                for _ in texts[1:]
-            ]
-            inputs[key] = torch.cat(drawn)
-        made.append(inputs)
-    return model, made
-
-
-def padded(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One batch of several samples, padded on the left."""
-    width = max(part["input_ids"].shape[1] for part in parts)
-    batch = {}
-    for key in parts[0]:
-        rows = [part[key] for part in parts]
-        if rows[0].shape == parts[0]["input_ids"].shape:
-            rows = [torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows]
-        batch[key] = torch.cat(rows)
-    return batch
 
 
 def extended(inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -91,7 +53,7 @@ CASES = [pytest.param(name, kind, id=f"{name}-{kind}") for name in LOOPS for kin
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 @torch.no_grad()
-def test_a_batch_and_its_answers_equal_the_loop(name, kind):
+def test_forward_and_generate_equal_the_oracle(name, kind):
     model, alone = samples(name)
     config, loop = configs(name)[kind], LOOPS[name]
     if not loop.batch:
@@ -102,8 +64,9 @@ def test_a_batch_and_its_answers_equal_the_loop(name, kind):
     if loop.positions:
         placed = batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)}
     turn = torch.tensor([TURN] * shape[0])
+    placeholders = [*range(tiny_families.IMAGE, tiny_families.VOCABULARY)]
     generate = dict(do_sample=False, min_new_tokens=ANSWER, max_new_tokens=ANSWER, return_dict_in_generate=True,
-                    output_logits=True, suppress_tokens=[*range(tiny_families.IMAGE, tiny_families.VOCABULARY)])  # fmt: skip
+                    output_logits=True, suppress_tokens=placeholders)  # fmt: skip
     stock = model(**batch).logits
     with fastmmoe.enabled(model, config):
         prompt = model(**placed).logits
