@@ -50,9 +50,7 @@ def _load_weight(ptrs, column, inner, left, N: tl.constexpr, MASK_N: tl.constexp
 
 
 @triton.jit
-def _start(
-    bias_ptrs, column, N: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _start(bias_ptrs, column, N: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BM, BN], what the products are added to: after the loop a bias would need registers when they are scarce."""
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_BIAS:

@@ -11,7 +11,8 @@ import pytest
 SCRIPT = Path(__file__).with_name("launches.py")
 LENGTHS = ["routing", "routing, 72 experts", "gate", "gate, padding", "attention", "attention, batch",
            "attention, tokens first", "attention, odd head", "prune", "prune, batch", "experts"]  # fmt: skip
-MODELS = ["InternVL3.5-30B-A3B", "DeepSeek-VL2 Small", "DeepSeek-VL2"]
+MODELS = ["InternVL3.5-30B-A3B", "DeepSeek-VL2 Small", "DeepSeek-VL2", "gpt-oss-20b", "Aria", "Gemma-4-26B-A4B",
+          "Nemotron-3-Nano"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
