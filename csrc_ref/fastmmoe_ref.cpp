@@ -16,6 +16,7 @@ namespace {
 
 enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1 };
 enum Strategy : int32_t { HYBRID = 0, ROUTING_SIMILARITY = 1, DYNAMIC_ATTENTION = 2 };
+enum Activation : int32_t { SILU = 0, CLAMPED_SILU = 1, SILU_CLAMPED = 2, OAI = 3, GELU_TANH = 4, RELU2 = 5 };
 enum MergeMethod : int32_t { MLERP = 0, MEAN = 1 };
 
 constexpr double INF = std::numeric_limits<double>::infinity();
@@ -90,16 +91,15 @@ std::vector<double> gate_probabilities(const double* logits, int64_t E, int32_t 
     return p;
 }
 
-// group g holds the E / n_group consecutive experts from g * E / n_group on; its score is its best expert's, or the sum
-// of its two best where the gate has a correction bias. Equal groups: the lower one.
-Choice choose_groups(const std::vector<double>& s, int64_t n_group, int64_t topk_group, bool has_bias) {
+// group g holds the E / n_group consecutive experts from g * E / n_group on; its score is the sum of its `group_best`
+// best experts'. Equal groups: the lower one.
+Choice choose_groups(const std::vector<double>& s, int64_t n_group, int64_t topk_group, int64_t group_best) {
     const int64_t size = static_cast<int64_t>(s.size()) / n_group;
     std::vector<double> group_score(n_group);
     for (int64_t g = 0; g < n_group; ++g) {
         std::vector<double> members(s.begin() + g * size, s.begin() + (g + 1) * size);
         std::sort(members.rbegin(), members.rend());
-        group_score[g] = members[0];
-        if (has_bias && size > 1) group_score[g] += members[1];
+        group_score[g] = std::accumulate(members.begin(), members.begin() + group_best, 0.0);
     }
     return take_largest(first_integers(n_group), group_score, topk_group);
 }
@@ -114,14 +114,17 @@ double sum_over(const std::vector<int64_t>& experts, const std::vector<double>& 
 
 extern "C" {
 
-// hidden [T, H], weight [E, H] -> logits [T, E], the gate's raw scores of every expert.
-void fastmmoe_ref_gate_logits(const double* hidden, const double* weight, int64_t T, int64_t H, int64_t E,
-                              double* logits) {
+// hidden [T, H], weight [E, H], bias [E] or null -> logits [T, E], the gate's scores of every expert times logit_scale.
+void fastmmoe_ref_gate_logits(const double* hidden, const double* weight, const double* bias, double logit_scale,
+                              int64_t T, int64_t H, int64_t E, double* logits) {
     for (int64_t t = 0; t < T; ++t)
-        for (int64_t e = 0; e < E; ++e) logits[t * E + e] = dot(hidden + t * H, weight + e * H, H);
+        for (int64_t e = 0; e < E; ++e) {
+            const double score = dot(hidden + t * H, weight + e * H, H) + (bias != nullptr ? bias[e] : 0.0);
+            logits[t * E + e] = score * logit_scale;
+        }
 }
 
-// logits [T, E]; vision_mask, padding_mask [T]; correction_bias [E] or null.
+// logits [T, E]; vision_mask, padding_mask [T]; correction_bias [E] or null; group_best 1 to E / n_group.
 // A padding token activates no expert, a vision token vision_top_k, any other top_k.
 // -> ids [T, top_k] by falling selection score, weights [T, top_k], probs [T, E]; unused slots: id E, weight 0.
 // -> per token, how far its choice is from another one: score_gap (chosen against rejected experts), group_gap (chosen
@@ -129,9 +132,9 @@ void fastmmoe_ref_gate_logits(const double* hidden, const double* weight, int64_
 void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask, const uint8_t* padding_mask,
                                const double* correction_bias, int64_t T, int64_t E, int64_t top_k,
                                int64_t vision_top_k, int32_t scoring, int32_t norm_topk_prob, int64_t n_group,
-                               int64_t topk_group, double routed_scaling_factor, int32_t renormalize, int32_t* ids,
-                               double* weights, double* probs, double* score_gap, double* group_gap,
-                               double* order_gap) {
+                               int64_t topk_group, int64_t group_best, double routed_scaling_factor,
+                               int32_t renormalize, int32_t* ids, double* weights, double* probs, double* score_gap,
+                               double* group_gap, double* order_gap) {
     const bool has_bias = correction_bias != nullptr;
     for (int64_t t = 0; t < T; ++t) {
         const std::vector<double> p = gate_probabilities(logits + t * E, E, scoring);
@@ -150,7 +153,7 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
 
         std::vector<int64_t> eligible = first_integers(E);
         if (n_group > 1) {
-            const Choice groups = choose_groups(s, n_group, topk_group, has_bias);
+            const Choice groups = choose_groups(s, n_group, topk_group, group_best);
             group_gap[t] = groups.margin;
             std::vector<bool> chosen(n_group, false);
             for (int64_t g : groups.taken) chosen[g] = true;
@@ -184,16 +187,54 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
     }
 }
 
+}  // extern "C"
+
 // ---------------------------------------------------------------------------------------------------------------------
 // experts
 // ---------------------------------------------------------------------------------------------------------------------
 
-// hidden [T, H]; gate_up_proj [E, 2I, H], the I gate rows first, then the I up rows; down_proj [E, H, I];
-// ids, weights [T, K], a slot whose id is no expert is skipped.
-// -> output [T, H] = sum over a token's slots of weight * down(silu(gate(x)) * up(x)).
-void fastmmoe_ref_moe_experts(const double* hidden, const double* gate_up_proj, const double* down_proj,
-                              const int32_t* ids, const double* weights, int64_t T, int64_t H, int64_t E, int64_t I,
-                              int64_t K, double* output) {
+namespace {
+
+double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+double silu(double x) { return x * sigmoid(x); }
+
+double gelu_tanh(double x) {
+    const double pi = std::acos(-1.0);
+    return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / pi) * (x + 0.044715 * x * x * x)));
+}
+
+double clamp(double x, double limit) { return std::max(-limit, std::min(x, limit)); }
+
+// what an expert makes of its gate and its up projection, in one of its I places; RELU2 has no gate.
+double activate(double gate, double up, int32_t activation, double limit, double alpha) {
+    switch (activation) {
+        case CLAMPED_SILU: return silu(std::min(gate, limit)) * clamp(up, limit);
+        case SILU_CLAMPED: return std::min(silu(gate), limit) * clamp(up, limit);
+        case OAI: {
+            const double g = std::min(gate, limit);
+            return g * sigmoid(alpha * g) * (clamp(up, limit) + 1.0);
+        }
+        case GELU_TANH: return gelu_tanh(gate) * up;
+        case RELU2: return up > 0.0 ? up * up : 0.0;
+        default: return silu(gate) * up;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// hidden [T, H]; gate_up_proj [E, 2I, H], the I gate rows first, then the I up rows, or, where interleaved, gate and up
+// rows in turn ([E, I, H], the up rows alone, where the activation has no gate); gate_up_bias, one per row, or null;
+// down_proj [E, H, I]; down_bias [E, H] or null; ids, weights [T, K], a slot whose id is no expert is skipped.
+// -> output [T, H] = sum over a token's slots of weight * down(activate(gate(x), up(x))).
+void fastmmoe_ref_moe_experts(const double* hidden, const double* gate_up_proj, const double* gate_up_bias,
+                              const double* down_proj, const double* down_bias, const int32_t* ids,
+                              const double* weights, int64_t T, int64_t H, int64_t E, int64_t I, int64_t K,
+                              int32_t activation, double limit, double alpha, int32_t interleaved, double* output) {
+    const bool has_gate = activation != RELU2;
+    const int64_t rows = has_gate ? 2 * I : I;
     std::vector<double> activated(I);
     for (int64_t t = 0; t < T; ++t) {
         const double* x = hidden + t * H;
@@ -201,16 +242,20 @@ void fastmmoe_ref_moe_experts(const double* hidden, const double* gate_up_proj, 
         for (int64_t k = 0; k < K; ++k) {
             const int64_t e = ids[t * K + k];
             if (e < 0 || e >= E) continue;
-            const double* gate_rows = gate_up_proj + e * 2 * I * H;
-            const double* up_rows = gate_rows + I * H;
+            const auto project = [&](int64_t row) {
+                const double bias = gate_up_bias != nullptr ? gate_up_bias[e * rows + row] : 0.0;
+                return dot(gate_up_proj + (e * rows + row) * H, x, H) + bias;
+            };
             for (int64_t i = 0; i < I; ++i) {
-                const double gate = dot(gate_rows + i * H, x, H);
-                const double up = dot(up_rows + i * H, x, H);
-                const double silu = gate / (1.0 + std::exp(-gate));
-                activated[i] = silu * up;
+                if (!has_gate) activated[i] = activate(0.0, project(i), activation, limit, alpha);
+                else if (interleaved) activated[i] = activate(project(2 * i), project(2 * i + 1), activation, limit, alpha);
+                else activated[i] = activate(project(i), project(I + i), activation, limit, alpha);
             }
-            for (int64_t h = 0; h < H; ++h)
-                output[t * H + h] += weights[t * K + k] * dot(down_proj + (e * H + h) * I, activated.data(), I);
+            for (int64_t h = 0; h < H; ++h) {
+                const double bias = down_bias != nullptr ? down_bias[e * H + h] : 0.0;
+                const double y = dot(down_proj + (e * H + h) * I, activated.data(), I) + bias;
+                output[t * H + h] += weights[t * K + k] * y;
+            }
         }
     }
 }

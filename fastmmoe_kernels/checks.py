@@ -38,6 +38,12 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
+def check_unit_stride(name: str, value: torch.Tensor) -> None:
+    """Check that neighbours in one of the last two dimensions are neighbours in memory."""
+    if value.stride(-1) != 1 and value.stride(-2) != 1:
+        raise ValueError(f"{name}: expected stride 1 in one of the last two dimensions, got strides {value.stride()}")
+
+
 def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
     """Check that `value` is an int in `low..high` (no upper end without `high`); bools are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -27,6 +27,7 @@ SOURCE = REPOSITORY / "csrc_ref" / "fastmmoe_ref.cpp"
 COMPILE = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-fPIC", "-shared"]
 
 SCORING = {"softmax": 0, "sigmoid": 1}
+ACTIVATION = {"silu": 0, "clamped_silu": 1, "silu_clamped": 2, "oai": 3, "gelu_tanh": 4, "relu2": 5}
 STRATEGY = {"hybrid": 0, "routing_similarity": 1, "dynamic_attention": 2}
 MERGE_METHOD = {"mlerp": 0, "mean": 1}
 
@@ -69,12 +70,14 @@ def route(
     correction_bias: ArrayLike | None = None,
     n_group: int = 1,
     topk_group: int = 1,
+    group_best: int | None = None,
     routed_scaling_factor: float = 1.0,
     renormalize: bool = True,
 ) -> Routing:
     """Routes tokens by logits [T, E]; tokens of vision_mask [T] get `vision_top_k` experts (None: `top_k`).
 
-    Tokens of padding_mask [T] get none.
+    Tokens of padding_mask [T] get none. A group's score is the sum of its `group_best` best experts' (None: of two with
+    a correction bias, of one without).
     """
     logits = _floats(logits, "logits", (None, None))
     T, E = logits.shape
@@ -85,6 +88,10 @@ def route(
     _require(1 <= vision_top_k <= top_k, f"vision_top_k={vision_top_k}, expected 1 to top_k={top_k}")
     _require(n_group >= 1 and E % n_group == 0, f"n_group={n_group} does not divide E={E}")
     _require(n_group == 1 or 1 <= topk_group <= n_group, f"topk_group={topk_group}, expected 1 to {n_group}")
+    size = E // n_group
+    if group_best is None:
+        group_best = 1 if bias is None else min(2, size)
+    _require(1 <= group_best <= size, f"group_best={group_best}, expected 1 to {size}")
     eligible = E if n_group == 1 else E // n_group * topk_group
     _require(top_k <= eligible, f"top_k={top_k}, but only {eligible} experts may be selected")
     _require(not np.isnan(logits).any(), "logits hold NaN")
@@ -94,19 +101,23 @@ def route(
     score_gap, group_gap, order_gap = np.empty(T), np.empty(T), np.empty(T)
     _call(
         "topk_routing", logits, mask, padding, bias, T, E, top_k, vision_top_k, _int32(SCORING[scoring]),
-        _int32(norm_topk_prob), n_group, topk_group, float(routed_scaling_factor), _int32(renormalize),
+        _int32(norm_topk_prob), n_group, topk_group, group_best, float(routed_scaling_factor), _int32(renormalize),
         ids, weights, probs, score_gap, group_gap, order_gap,
     )  # fmt: skip
     return Routing(ids, weights, probs, score_gap, group_gap, order_gap)
 
 
-def gate_logits(hidden: ArrayLike, weight: ArrayLike) -> NDArray:
-    """hidden [T, H] @ weight [E, H] transposed: [T, E]."""
+def gate_logits(
+    hidden: ArrayLike, weight: ArrayLike, *, bias: ArrayLike | None = None, logit_scale: float = 1.0
+) -> NDArray:
+    """hidden [T, H] @ weight [E, H] transposed, plus bias [E], times the scale: [T, E]."""
     hidden = _floats(hidden, "hidden", (None, None))
     T, H = hidden.shape
     weight = _floats(weight, "weight", (None, H))
-    logits = np.empty((T, weight.shape[0]))
-    _call("gate_logits", hidden, weight, T, H, weight.shape[0], logits)
+    E = weight.shape[0]
+    bias = None if bias is None else _floats(bias, "bias", (E,))
+    logits = np.empty((T, E))
+    _call("gate_logits", hidden, weight, bias, float(logit_scale), T, H, E, logits)
     return logits
 
 
@@ -114,22 +125,42 @@ def gate_logits(hidden: ArrayLike, weight: ArrayLike) -> NDArray:
 
 
 def moe_experts(
-    hidden: ArrayLike, gate_up_proj: ArrayLike, down_proj: ArrayLike, ids: ArrayLike, weights: ArrayLike
+    hidden: ArrayLike,
+    gate_up_proj: ArrayLike,
+    down_proj: ArrayLike,
+    ids: ArrayLike,
+    weights: ArrayLike,
+    *,
+    activation: str = "silu",
+    limit: float | None = None,
+    alpha: float = 1.702,
+    gate_up_bias: ArrayLike | None = None,
+    down_bias: ArrayLike | None = None,
+    interleaved: bool = False,
 ) -> NDArray:
-    """Sum over slots of weight * down(silu(gate(x)) * up(x)): [T, H]; a slot whose id is no expert is skipped.
+    """Sum over slots of weight * down(activate(gate(x), up(x))): [T, H]; a slot whose id is no expert is skipped.
 
-    hidden [T, H], gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I], ids and weights [T, K].
+    hidden [T, H], gate_up_proj [E, 2I, H] (gate rows first, or in turn with up rows where interleaved; "relu2": [E, I,
+    H], no gate), down_proj [E, H, I], ids and weights [T, K], gate_up_bias one per row of gate_up_proj, down_bias
+    [E, H].
     """
     hidden = _floats(hidden, "hidden", (None, None))
     T, H = hidden.shape
     down_proj = _floats(down_proj, "down_proj", (None, H, None))
     E, _, I = down_proj.shape  # noqa: E741
-    gate_up_proj = _floats(gate_up_proj, "gate_up_proj", (E, 2 * I, H))
+    rows = I if activation == "relu2" else 2 * I
+    gate_up_proj = _floats(gate_up_proj, "gate_up_proj", (E, rows, H))
+    gate_up_bias = None if gate_up_bias is None else _floats(gate_up_bias, "gate_up_bias", (E, rows))
+    down_bias = None if down_bias is None else _floats(down_bias, "down_bias", (E, H))
     weights = _floats(weights, "weights", (T, None))
     ids = np.ascontiguousarray(ids, np.int32)
     _require(ids.shape == weights.shape, f"ids has shape {ids.shape}, expected {weights.shape}")
     output = np.empty((T, H))
-    _call("moe_experts", hidden, gate_up_proj, down_proj, ids, weights, T, H, E, I, ids.shape[1], output)
+    _call(
+        "moe_experts", hidden, gate_up_proj, gate_up_bias, down_proj, down_bias, ids, weights, T, H, E, I,
+        ids.shape[1], _int32(ACTIVATION[activation]), math.inf if limit is None else float(limit), float(alpha),
+        _int32(interleaved), output,
+    )  # fmt: skip
     return output
 
 

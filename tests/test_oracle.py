@@ -5,7 +5,7 @@ Logits are written as logarithms, so that the probabilities are round: softmax(l
 
 import oracle
 import pytest
-from numpy import array, einsum, exp, full, inf, log, nan, ones, sqrt, tile, zeros
+from numpy import array, einsum, exp, full, inf, log, nan, ones, pi, sqrt, tanh, tile, zeros
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -120,6 +120,15 @@ def test_routing_groups_of_three_count_their_two_best():
     assert_array_equal(ids, [[3, 4]])
 
 
+@pytest.mark.parametrize(
+    ("group_best", "bias", "expected"),
+    [(2, None, [2, 3]), (1, zeros(6), [0, 1]), (1, None, [0, 1]), (2, zeros(6), [2, 3])],
+)
+def test_routing_groups_count_as_many_as_told(group_best, bias, expected):
+    ids, _, _ = oracle.topk_routing(SIX, 2, n_group=3, group_best=group_best, correction_bias=bias)
+    assert_array_equal(ids, [expected])
+
+
 def test_routing_groups_of_one_have_one_best():
     ids, _, _ = oracle.topk_routing(FOUR, 2, n_group=4, topk_group=2, correction_bias=zeros(4))
     assert_array_equal(ids, [[3, 2]])
@@ -172,6 +181,15 @@ def test_routing_refuses_what_it_cannot_define():
         oracle.topk_routing(SIX, 2, vision_top_k=3)
 
 
+# --- gate_logits ------------------------------------------------------------------------------------------------------
+
+
+def test_gate_bias_is_scaled_too():
+    hidden, weight = [[1, 2], [3, 4]], [[1, 0], [0, 1], [1, 1]]
+    check(oracle.gate_logits(hidden, weight), [[1, 2, 3], [3, 4, 7]])
+    check(oracle.gate_logits(hidden, weight, bias=[1, 0, -3], logit_scale=0.5), [[1, 1, 0], [2, 2, 2]])
+
+
 # --- moe_experts ------------------------------------------------------------------------------------------------------
 
 LN3 = log(3)  # sigmoid(ln 3) = 0.75, so silu(ln 3) = 0.75 ln 3 and silu(-ln 3) = -0.25 ln 3
@@ -192,6 +210,52 @@ def test_experts_by_hand():
 def test_experts_gate_rows_come_first():
     # rows: gate ln 3 and 0, up 2 and 5; products 1.5 ln 3 and 0
     output = oracle.moe_experts([[1]], [[[LN3], [0], [2], [5]]], [[[1, 100]]], [[0]], [[1]])
+    check(output, [[1.5 * LN3]])
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "expected"),
+    [
+        ("silu", {}, 0.75 * LN3 * -3),
+        ("clamped_silu", {"limit": 1.0}, -1 / (1 + exp(-1))),  # gate ln 3 is cut to 1, up -3 to -1
+        ("clamped_silu", {"limit": 2.0}, 0.75 * LN3 * -2),
+        ("silu_clamped", {"limit": 0.5}, 0.5 * -0.5),  # silu(ln 3) = 0.824
+        ("silu_clamped", {"limit": 1.0}, 0.75 * LN3 * -1),
+        ("oai", {"limit": 4.0, "alpha": 1.0}, 0.75 * LN3 * -2),
+        ("oai", {"limit": 4.0, "alpha": 2.0}, 0.9 * LN3 * -2),  # sigmoid(2 ln 3) = 0.9
+        ("oai", {"limit": 1.0, "alpha": LN3}, 0),  # -1 + 1
+        ("gelu_tanh", {}, 0.5 * LN3 * (1 + tanh(sqrt(2 / pi) * (LN3 + 0.044715 * LN3**3))) * -3),
+    ],
+)
+def test_experts_activations_by_hand(activation, options, expected):
+    # gate ln 3, up -3
+    output = oracle.moe_experts([[1]], [[[LN3], [-3]]], [[[1]]], [[0]], [[1]], activation=activation, **options)
+    check(output, [[expected]])
+
+
+@pytest.mark.parametrize("activation", ["clamped_silu", "silu_clamped"])
+def test_experts_clamp_the_gate_from_above_alone(activation):
+    # silu(-ln 3) = -0.25 ln 3, up is cut to -0.1
+    output = oracle.moe_experts([[-LN3]], [[[1], [1]]], [[[1]]], [[0]], [[1]], activation=activation, limit=0.1)
+    check(output, [[0.025 * LN3]])
+
+
+def test_experts_without_a_gate():
+    output = oracle.moe_experts([[1]], [[[3], [-2]]], [[[1, 100]]], [[0]], [[2]], activation="relu2")
+    check(output, [[18]])
+
+
+def test_experts_with_biases():
+    # gate 0 + ln 3, up 1 + 1; the product 1.5 ln 3, plus 10, is what the weight multiplies
+    output = oracle.moe_experts([[1]], [[[0], [1]]], [[[1]]], [[0]], [[2]], gate_up_bias=[[LN3, 1]], down_bias=[[10]])
+    check(output, [[3 * LN3 + 20]])
+
+
+def test_experts_with_alternating_rows():
+    # rows: gate ln 3, up 2, gate 0, up 5
+    output = oracle.moe_experts(
+        [[1]], [[[LN3], [0], [0], [5]]], [[[1, 100]]], [[0]], [[1]], interleaved=True, gate_up_bias=[[0, 2, 0, 0]]
+    )
     check(output, [[1.5 * LN3]])
 
 

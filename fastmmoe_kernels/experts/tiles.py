@@ -94,7 +94,7 @@ TILES_FLOAT32 = {
 
 
 def expert_tiles(
-    target: str, dtype: torch.dtype, pairs_per_expert: float, hidden: int, intermediate: int
+    target: str, dtype: torch.dtype, pairs_per_expert: float, hidden: int, intermediate: int, has_gate: bool = True
 ) -> ExpertTiles:
     """The tiles for a launch. Pure, and with few different results, so that few kernels are compiled.
 
@@ -103,11 +103,12 @@ def expert_tiles(
         dtype: of the tokens and weights.
         pairs_per_expert: mean over all experts, T * K / E.
         hidden, intermediate: H and I.
+        has_gate: whether the first GEMM multiplies with a gate as well; without one it is like the second.
     """
     by_rows = _rows(target, dtype)
     fitting = [rows for rows in by_rows if pairs_per_expert <= BLOCK_M[rows]]
     block_m = min(fitting, default=max(by_rows))
-    return _tiles(target, dtype, block_m, hidden, intermediate)
+    return _tiles(target, dtype, block_m, hidden, intermediate, has_gate)
 
 
 def _rows(target: str, dtype: torch.dtype) -> dict[int, tuple[GemmTile, GemmTile]]:
@@ -115,12 +116,15 @@ def _rows(target: str, dtype: torch.dtype) -> dict[int, tuple[GemmTile, GemmTile
 
 
 @cache
-def _tiles(target: str, dtype: torch.dtype, block_m: int, hidden: int, intermediate: int) -> ExpertTiles:
+def _tiles(
+    target: str, dtype: torch.dtype, block_m: int, hidden: int, intermediate: int, has_gate: bool
+) -> ExpertTiles:
     """The row's tiles, as large as matrices and memory allow."""
     gate_up, down = _rows(target, dtype)[block_m]
+    gate_up, operands = (gate_up, 2) if has_gate else (down, 1)
     return ExpertTiles(
         block_m,
-        _clamp(gate_up, target, block_m, 2, dtype.itemsize, inner=hidden, columns=intermediate),
+        _clamp(gate_up, target, block_m, operands, dtype.itemsize, inner=hidden, columns=intermediate),
         _clamp(down, target, block_m, 1, dtype.itemsize, inner=intermediate, columns=hidden),
     )
 

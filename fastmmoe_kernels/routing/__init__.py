@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastmmoe_kernels.backend import resolve_backend
-from fastmmoe_kernels.checks import FLOATS, check_tensor
+from fastmmoe_kernels.checks import FLOATS, check_float, check_tensor
 from fastmmoe_kernels.library import register
 from fastmmoe_kernels.routing.options import RoutingOptions
 from fastmmoe_kernels.routing.reference import gate_routing_reference, topk_routing_reference
@@ -29,7 +29,7 @@ class GateOutput(NamedTuple):
     """What a gate decided, for T tokens, E experts and K slots per token.
 
     Attributes:
-        logits: float32 [T, E], the gate's raw scores z.
+        logits: float32 [T, E], the gate's scores z, with bias and scale.
         ids, weights, probs: as in `RoutingOutput`.
     """
 
@@ -51,6 +51,7 @@ def topk_routing(
     correction_bias: torch.Tensor | None = None,
     n_group: int = 1,
     topk_group: int = 1,
+    group_best: int | None = None,
     routed_scaling_factor: float = 1.0,
     renormalize: bool = True,
     return_probs: bool = False,
@@ -69,8 +70,9 @@ def topk_routing(
         scoring: "softmax" or "sigmoid", how z becomes p.
         norm_topk_prob: divide the selected p by their sum.
         correction_bias: floating [E], added to p for the selection only.
-        n_group, topk_group: only experts of the `topk_group` best of `n_group` equal groups may be selected. A group
-            is worth the sum of its two best scores with a `correction_bias`, else its best score.
+        n_group, topk_group: only experts of the `topk_group` best of `n_group` equal groups may be selected.
+        group_best: how many of a group's best scores are summed to what it is worth, 1 or 2; None: two with a
+            `correction_bias` (as far as it has two), else one.
         routed_scaling_factor: multiplies the weights at the end.
         renormalize: with `norm_topk_prob=False`, rescale a reduced vision token's weights to the sum of its original
             top K.
@@ -84,7 +86,7 @@ def topk_routing(
     check_tensor("logits", logits, ("T", "E"), FLOATS)
     options = RoutingOptions(
         vision_mask, padding_mask, correction_bias, top_k, top_k if vision_top_k is None else vision_top_k, scoring,
-        norm_topk_prob, n_group, topk_group, routed_scaling_factor, renormalize, return_probs,
+        norm_topk_prob, n_group, topk_group, group_best, routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip
     options.check(*logits.shape, logits.device)
     ids, weights, probs = _topk_routing(logits, *options, resolve_backend(backend, logits))
@@ -96,6 +98,8 @@ def gate_routing(
     weight: torch.Tensor,
     top_k: int,
     *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
     vision_mask: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
     vision_top_k: int | None = None,
@@ -104,6 +108,7 @@ def gate_routing(
     correction_bias: torch.Tensor | None = None,
     n_group: int = 1,
     topk_group: int = 1,
+    group_best: int | None = None,
     routed_scaling_factor: float = 1.0,
     renormalize: bool = True,
     return_probs: bool = False,
@@ -115,7 +120,9 @@ def gate_routing(
 
     Args:
         hidden: float32, float16 or bfloat16 [T, H], the gate's input x.
-        weight: [E, H] of the same dtype, the gate's weight W_g: z = x W_g^T.
+        weight: [E, H] of the same dtype, the gate's weight W_g.
+        bias: floating [E], the gate's own b, part of the logits (a `correction_bias` is not): z = (x W_g^T + b) scale.
+        logit_scale: multiplies the logits, > 0.
         others: as in `topk_routing`.
 
     Raises:
@@ -124,12 +131,16 @@ def gate_routing(
     """
     check_tensor("hidden", hidden, ("T", "H"), FLOATS)
     check_tensor("weight", weight, ("E", hidden.shape[1]), (hidden.dtype,), hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), FLOATS, hidden.device)
+    check_float("logit_scale", logit_scale, 0.0, float("inf"), low_open=True)
     options = RoutingOptions(
         vision_mask, padding_mask, correction_bias, top_k, top_k if vision_top_k is None else vision_top_k, scoring,
-        norm_topk_prob, n_group, topk_group, routed_scaling_factor, renormalize, return_probs,
+        norm_topk_prob, n_group, topk_group, group_best, routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip
     options.check(hidden.shape[0], weight.shape[0], hidden.device)
-    logits, ids, weights, probs = _gate_routing(hidden, weight, *options, resolve_backend(backend, hidden))
+    backend = resolve_backend(backend, hidden)
+    logits, ids, weights, probs = _gate_routing(hidden, weight, bias, logit_scale, *options, backend)
     return GateOutput(logits, ids, weights, probs if return_probs else None)
 
 
@@ -137,7 +148,7 @@ def _fake_topk(logits, options):
     return _fake_outputs(logits, *logits.shape, options)
 
 
-def _fake_gate(hidden, weight, options):
+def _fake_gate(hidden, weight, bias, logit_scale, options):
     num_tokens, num_experts = hidden.shape[0], weight.shape[0]
     logits = hidden.new_empty(num_tokens, num_experts, dtype=torch.float32)
     return logits, *_fake_outputs(hidden, num_tokens, num_experts, options)

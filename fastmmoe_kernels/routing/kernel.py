@@ -3,6 +3,7 @@
 A program has a block of tokens and all experts, in registers. Both kernels share everything after the logits.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -28,7 +29,7 @@ def _mask_groups(
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    SUM_OF_TWO: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -38,7 +39,7 @@ def _mask_groups(
     for g in tl.static_range(N_GROUP):
         inside = tl.where(expert // GROUP_SIZE == g, scores, float("-inf"))
         best, first = _best_first(inside, expert, BLOCK_E)
-        if SUM_OF_TWO and GROUP_SIZE > 1:
+        if GROUP_BEST == 2:
             best += tl.max(tl.where(expert == first[:, None], float("-inf"), inside), axis=1)
         worth = tl.where(group == g, best[:, None], worth)
     allowed = tl.zeros(scores.shape, tl.int32)
@@ -72,6 +73,7 @@ def _route(
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -92,7 +94,7 @@ def _route(
         scores += tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
     scores = tl.where(expert < E, scores, float("-inf"))
     if N_GROUP > 1:
-        scores = _mask_groups(scores, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, HAS_BIAS, BLOCK_G, BLOCK_E)
+        scores = _mask_groups(scores, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, GROUP_BEST, BLOCK_G, BLOCK_E)
 
     slot = tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     ids = tl.full((BLOCK_T, BLOCK_K), E, tl.int32)
@@ -153,6 +155,7 @@ def topk_routing_kernel(
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -166,7 +169,7 @@ def topk_routing_kernel(
     _route(
         z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr, scaling,
         E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_PADDING, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP,
-        BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+        GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
     )  # fmt: skip
 
 
@@ -174,6 +177,7 @@ def topk_routing_kernel(
 def gate_routing_kernel(
     hidden_ptr,  # [T, H]
     weight_ptr,  # [E, H]
+    logit_bias_ptr,  # [E] or unused
     logits_ptr,  # [T, E]
     vision_ptr,  # [T] or unused
     padding_ptr,  # [T] or unused
@@ -196,6 +200,9 @@ def gate_routing_kernel(
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
+    HAS_LOGIT_BIAS: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -211,6 +218,8 @@ def gate_routing_kernel(
     read = tl.minimum(expert, E - 1) if E < BLOCK_E else expert
     weight_ptrs = weight_ptr + read.to(tl.int64)[None, :] * H + inner[:, None]
     z = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    if HAS_LOGIT_BIAS:
+        z += tl.load(logit_bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)[None, :]
     for h in range(0, H, BLOCK_H):
         if H % BLOCK_H:
             x = tl.load(x_ptrs, mask=inner[None, :] < H - h, other=0.0)
@@ -221,11 +230,13 @@ def gate_routing_kernel(
         z = tl.dot(x, weight, z, input_precision="ieee")
         x_ptrs += BLOCK_H
         weight_ptrs += BLOCK_H
+    if LOGIT_SCALE != 1.0:
+        z *= LOGIT_SCALE
     tl.store(logits_ptr + row[:, None] * E + expert[None, :], z, mask=in_rows[:, None] & (expert < E)[None, :])
     _route(
         z, row, in_rows, vision_ptr, padding_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr, scaling,
         E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_PADDING, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP,
-        BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+        GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
     )  # fmt: skip
 
 
@@ -279,6 +290,8 @@ def topk_routing_triton(
 def gate_routing_triton(
     hidden: torch.Tensor,  # [T, H]
     weight: torch.Tensor,  # [E, H]
+    bias: torch.Tensor | None,  # [E]
+    logit_scale: float,
     options: RoutingOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (num_tokens, width), num_experts = hidden.shape, weight.shape[0]
@@ -289,8 +302,10 @@ def gate_routing_triton(
         has_bias = options.correction_bias is not None
         blocks = gate_blocks(num_experts, options.top_k, options.n_group, has_bias, hidden.itemsize)
         gate_routing_kernel[(cdiv(num_tokens, blocks["BLOCK_T"]),)](
-            hidden, weight.contiguous(), stride_token=hidden.stride(0), H=width, **arguments, **blocks
-        )
+            hidden, weight.contiguous(), bias.contiguous() if bias is not None else logits,
+            stride_token=hidden.stride(0), H=width, HAS_LOGIT_BIAS=bias is not None, LOGIT_SCALE=logit_scale,
+            **arguments, **blocks,
+        )  # fmt: skip
     return logits, *outputs
 
 
@@ -325,67 +340,93 @@ def _outputs_and_arguments(
         "STORE_PROBS": options.return_probs,
         "N_GROUP": options.n_group,
         "TOPK_GROUP": options.topk_group,
+        "GROUP_BEST": options.scores_per_group(num_experts),
     }
     return (ids, weights, probs), arguments
 
 
+@dataclass(frozen=True)
+class _Gate:
+    """A model's gate, for `aot_variants`; one that is not complete is compiled from the tokens, in bfloat16, alone."""
+
+    num_experts: int
+    width: int
+    top_k: int
+    sigmoid: bool = False
+    normalize: bool = True
+    has_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    has_logit_bias: bool = False
+    is_complete: bool = True
+
+
+GATES = [
+    _Gate(128, 2048, 8),  # Qwen3-MoE (InternVL3.5, Qwen3-VL)
+    _Gate(64, 2048, 6, normalize=False),  # DeepSeek-VL2 Small
+    _Gate(72, 2560, 6, sigmoid=True, has_bias=True),  # DeepSeek-VL2
+    _Gate(256, 7168, 8, sigmoid=True, has_bias=True, n_group=8, topk_group=4),  # DeepSeek-V3
+    _Gate(32, 2880, 4, has_logit_bias=True, is_complete=False),  # gpt-oss-20b
+    _Gate(384, 7168, 8, sigmoid=True, has_bias=True, is_complete=False),  # Kimi-K2.5
+]
+LAUNCHES = [  # kernel, type of its input, whether vision tokens are reduced, padding, whether probs are stored
+    (topk_routing_kernel, "*fp32", False, False, False),
+    (topk_routing_kernel, "*fp32", True, False, False),
+    (topk_routing_kernel, "*fp32", True, False, True),
+    (topk_routing_kernel, "*fp32", True, True, True),
+    (topk_routing_kernel, "*bf16", True, False, False),
+    (topk_routing_kernel, "*fp16", True, False, False),
+    (gate_routing_kernel, "*bf16", True, False, False),
+    (gate_routing_kernel, "*bf16", True, False, True),
+    (gate_routing_kernel, "*bf16", True, True, False),
+    (gate_routing_kernel, "*bf16", True, True, True),
+    (gate_routing_kernel, "*fp16", True, True, True),
+    (gate_routing_kernel, "*fp32", True, True, True),
+]
+
+
 def aot_variants() -> list[KernelVariant]:
     """Every shipped configuration, for `python -m fastmmoe_kernels.aot`."""
-    # experts, H, top k, sigmoid, normalise, bias, groups, groups chosen: Qwen3-MoE (InternVL3.5, Qwen3-VL),
-    # DeepSeek-VL2 Small and Base, and the group-limited gate of DeepSeek-V3
-    gates = [
-        (128, 2048, 8, False, True, False, 1, 1),
-        (64, 2048, 6, False, False, False, 1, 1),
-        (72, 2560, 6, True, True, True, 1, 1),
-        (256, 7168, 8, True, True, True, 8, 4),
-    ]
-    launches = [  # kernel, type of its input, whether vision tokens are reduced, padding, whether probs are stored
-        (topk_routing_kernel, "*fp32", False, False, False),
-        (topk_routing_kernel, "*fp32", True, False, False),
-        (topk_routing_kernel, "*fp32", True, False, True),
-        (topk_routing_kernel, "*fp32", True, True, True),
-        (topk_routing_kernel, "*bf16", True, False, False),
-        (topk_routing_kernel, "*fp16", True, False, False),
-        (gate_routing_kernel, "*bf16", True, False, False),
-        (gate_routing_kernel, "*bf16", True, False, True),
-        (gate_routing_kernel, "*bf16", True, True, False),
-        (gate_routing_kernel, "*bf16", True, True, True),
-        (gate_routing_kernel, "*fp16", True, True, True),
-        (gate_routing_kernel, "*fp32", True, True, True),
-    ]
     variants = []
-    for experts, width, top_k, sigmoid, normalize, bias, n_group, topk_group in gates:
-        for kernel, dtype, reduced, padding, store_probs in launches:
+    for gate in GATES:
+        for kernel, dtype, reduced, padding, store_probs in LAUNCHES:
             # groups compile slowly, and differ from the other gates in nothing else
-            if n_group > 1 and not store_probs:
+            if gate.n_group > 1 and not store_probs:
                 continue
             from_hidden = kernel is gate_routing_kernel
+            if not gate.is_complete and not (from_hidden and dtype == "*bf16"):
+                continue
+            num_experts, top_k, n_group, has_bias = gate.num_experts, gate.top_k, gate.n_group, gate.has_bias
             logits = "*fp32" if from_hidden else dtype
             signature = {
                 "logits_ptr": logits, "vision_ptr": "*u1" if reduced else logits,
-                "padding_ptr": "*u1" if padding else logits, "bias_ptr": "*fp32" if bias else logits,
+                "padding_ptr": "*u1" if padding else logits, "bias_ptr": "*fp32" if has_bias else logits,
                 "ids_ptr": "*i32", "weights_ptr": "*fp32", "probs_ptr": "*fp32", "num_tokens": "i32",
                 "stride_token": "i32", "scaling": "fp32",
             }  # fmt: skip
             constants = {
-                "E": experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k, "SIGMOID": sigmoid,
-                "NORMALIZE": normalize, "RENORMALIZE": True, "HAS_PADDING": padding, "HAS_BIAS": bias,
-                "STORE_PROBS": store_probs, "N_GROUP": n_group, "TOPK_GROUP": topk_group,
+                "E": num_experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k, "SIGMOID": gate.sigmoid,
+                "NORMALIZE": gate.normalize, "RENORMALIZE": True, "HAS_PADDING": padding, "HAS_BIAS": has_bias,
+                "STORE_PROBS": store_probs, "N_GROUP": n_group, "TOPK_GROUP": gate.topk_group,
+                "GROUP_BEST": 2 if has_bias else 1,
             }  # fmt: skip
             if from_hidden:
-                blocks = gate_blocks(experts, top_k, n_group, bias, 4 if dtype == "*fp32" else 2)
+                logit_bias = dtype if gate.has_logit_bias else logits
+                signature = {"hidden_ptr": dtype, "weight_ptr": dtype, "logit_bias_ptr": logit_bias} | signature
+                blocks = gate_blocks(num_experts, top_k, n_group, has_bias, 4 if dtype == "*fp32" else 2)
+                constants |= {"H": gate.width, "HAS_LOGIT_BIAS": gate.has_logit_bias, "LOGIT_SCALE": 1.0}
                 variant = KernelVariant(
                     kernel,
-                    {"hidden_ptr": dtype, "weight_ptr": dtype} | signature,
-                    constants | {"H": width} | {name: size for name, size in blocks.items() if name.isupper()},
+                    signature,
+                    constants | {name: size for name, size in blocks.items() if name.isupper()},
                     num_warps=blocks["num_warps"],
                     num_stages=blocks["num_stages"],
                     # wgmma multiplies 64 rows or more
                     is_gemm=blocks["BLOCK_T"] >= 64,
                 )
             else:
-                constants |= {"stride_expert": 1} | routing_blocks(experts, top_k, n_group)
-                unaligned = ("stride_token",) if experts % 16 else ()
+                constants |= {"stride_expert": 1} | routing_blocks(num_experts, top_k, n_group)
+                unaligned = ("stride_token",) if num_experts % 16 else ()
                 variant = KernelVariant(kernel, signature, constants, unaligned=unaligned)
             variants.append(variant)
     return variants

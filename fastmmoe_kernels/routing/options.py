@@ -24,9 +24,16 @@ class RoutingOptions(NamedTuple):
     norm_topk_prob: bool
     n_group: int
     topk_group: int
+    group_best: int | None
     routed_scaling_factor: float
     renormalize: bool
     return_probs: bool
+
+    def scores_per_group(self, num_experts: int) -> int:
+        """How many of a group's best scores make its own."""
+        if self.group_best is None:
+            return 1 if self.correction_bias is None else min(2, num_experts // self.n_group)
+        return self.group_best
 
     def check(self, num_tokens: int, num_experts: int, device: torch.device) -> None:
         """Refuse an option of another type, shape, dtype, device or range."""
@@ -49,4 +56,6 @@ class RoutingOptions(NamedTuple):
             raise ValueError(
                 f"topk_group: {topk_group} groups of {num_experts // n_group} experts hold fewer than top_k={top_k}"
             )
+        if self.group_best is not None:
+            check_int("group_best", self.group_best, 1, min(2, num_experts // n_group))
         check_float("routed_scaling_factor", self.routed_scaling_factor, 0.0, float("inf"), low_open=True)

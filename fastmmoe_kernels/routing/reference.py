@@ -19,7 +19,7 @@ def topk_routing_reference(
     if n_group > 1:
         grouped = scores.view(num_tokens, n_group, num_experts // n_group)  # [T, G, E/G]
         best = grouped.sort(dim=-1, descending=True).values
-        worth = best[..., :2].sum(-1) if bias is not None else best[..., 0]  # [T, G]
+        worth = best[..., : options.scores_per_group(num_experts)].sum(-1)  # [T, G]
         groups = worth.sort(dim=-1, descending=True, stable=True).indices[:, : options.topk_group]
         allowed = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, groups, True)
         scores = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).view(num_tokens, num_experts)
@@ -45,10 +45,13 @@ def topk_routing_reference(
 def gate_routing_reference(
     hidden: torch.Tensor,  # [T, H]
     weight: torch.Tensor,  # [E, H]
+    bias: torch.Tensor | None,  # [E]
+    logit_scale: float,
     options: RoutingOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gate's logits, and `topk_routing_reference` of them."""
-    logits = F.linear(hidden.float(), weight.float())  # [T, E]
+    logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())  # [T, E]
+    logits *= logit_scale
     return logits, *topk_routing_reference(logits, options)
 
 

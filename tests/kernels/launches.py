@@ -19,6 +19,7 @@ from fastmmoe_kernels.aot import divisible_by_16, shipped_variants
 from fastmmoe_kernels.experts import kernel as experts_kernel
 
 COMPILER = make_backend(GPUTarget("cuda", 90, 32))
+BIASES = ("gate_up_bias", "down_bias")
 launches: list[str] = []
 
 
@@ -99,12 +100,24 @@ def prune(num_tokens, experts=128, features=2048, batch=1, dtype=torch.bfloat16)
     ]
 
 
-def run_experts(num_tokens, experts=128, top_k=8, width=2048, intermediate=768, dtype=torch.bfloat16):
+def run_experts(
+    num_tokens, experts=128, top_k=8, width=2048, intermediate=768, dtype=torch.bfloat16, transposed=False, **options
+):
     hidden = torch.empty(num_tokens, width, dtype=dtype)
-    gate_up = torch.empty(experts, 2 * intermediate, width, dtype=dtype)
-    down = torch.empty(experts, width, intermediate, dtype=dtype)
+    rows = intermediate if options.get("activation") == "relu2" else 2 * intermediate
+    shapes = [(rows, width), (width, intermediate)]
+    if transposed:
+        weights = [torch.empty(experts, *shape[::-1], dtype=dtype).mT for shape in shapes]
+    else:
+        weights = [torch.empty(experts, *shape, dtype=dtype) for shape in shapes]
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
-    return launched(fk.moe_experts, hidden, gate_up, down, ids, torch.empty(num_tokens, top_k))
+    return launched(fk.moe_experts, hidden, *weights, ids, torch.empty(num_tokens, top_k), **options)
+
+
+def run_gpt_oss(num_tokens):
+    biases = (torch.empty(32, size, dtype=torch.bfloat16) for size in (5760, 2880))
+    form = dict(activation="oai", limit=7.0, interleaved=True, transposed=True)
+    return run_experts(num_tokens, 32, 4, 2880, 2880, **form, **dict(zip(BIASES, biases, strict=True)))
 
 
 def main():
@@ -142,7 +155,6 @@ def main():
                 *attend(1892), *attend(1892, batch=2), *prune(1892), *prune(1892, batch=2),
                 *run_experts(1892), *run_experts(16384),
             ],
-            "InternVL3.5-GPT-OSS-20B": attend(1892, 64, 8, 64, has_sinks=True),
             "MiniMax-M3": [
                 *attend(1892, 64), *attend(1892, 64, mask_rows=(4,)), *attend(1892, 64, batch=2, mask_rows=(64,)),
             ],
@@ -154,6 +166,17 @@ def main():
                 *route(1500, 72, 6, dtype=torch.float32, scoring="sigmoid", correction_bias=torch.empty(72)),
                 *gate(1500, 72, 6, 2560, padded=True, scoring="sigmoid", correction_bias=torch.empty(72)),
                 *attend(1500, 32, 32, 192), *run_experts(1500, 72, 6, 2560, 1536), *prune(1500, 72, 2560),
+            ],
+            "gpt-oss-20b": [
+                *attend(1892, 64, 8, 64, has_sinks=True), *run_gpt_oss(1), *run_gpt_oss(2000),
+                *gate(1500, 32, 4, 2880, bias=torch.empty(32, dtype=torch.bfloat16)),
+            ],
+            "Aria": [launch for n in (1, 4000) for launch in run_experts(n, 64, 6, 2560, 1664, transposed=True)],
+            "Gemma-4-26B-A4B": [
+                launch for n in (1, 4000) for launch in run_experts(n, 128, 8, 2816, 704, activation="gelu_tanh")
+            ],
+            "Nemotron-3-Nano": [
+                launch for n in (1, 5000) for launch in run_experts(n, 128, 6, 2688, 1856, activation="relu2")
             ],
         },
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """The experts: torch backend and Triton against the float64 reference, at unit scale."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import oracle
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastmmoe_kernels import moe_experts
 from fastmmoe_kernels.experts import _moe_experts, dispatch, reference
+from fastmmoe_kernels.experts.options import ExpertOptions
 from fastmmoe_kernels.experts.tiles import SHARED_MEMORY, TILES, ExpertTiles, expert_tiles, shared_memory
 
 BACKENDS = ("torch", "triton")
@@ -32,30 +33,38 @@ class Case:
     down_proj: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
+    options: dict = field(default_factory=dict)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.hidden, self.gate_up_proj, self.down_proj, self.ids, self.weights]
 
     def arguments(self) -> tuple[torch.Tensor, ...]:
-        return tuple(t.to(DEVICE) for t in vars(self).values())
+        return tuple(t.to(DEVICE) for t in self.tensors())
 
     def run(self, backend):
-        return moe_experts(*self.arguments(), backend=backend).cpu()
+        options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()}
+        return moe_experts(*self.arguments(), **options, backend=backend).cpu()
 
 
-def make_case(num_tokens, num_experts, top_k, width, intermediate, *, dtype=torch.float32, ids=None, seed=0):
+def make_case(num_tokens, num_experts, top_k, width, intermediate, *, dtype=torch.float32, ids=None, seed=0, **options):
     """Unit scale: every matrix product of these has variance near 1. Without `ids`, some slots hold no expert."""
     rng = torch.Generator().manual_seed(seed)
+    rows = intermediate if options.get("activation") == "relu2" else 2 * intermediate
     if ids is None:
         ids = torch.randint(-1, num_experts + 1, (num_tokens, top_k), generator=rng, dtype=torch.int32)
     return Case(
         torch.randn(num_tokens, width, generator=rng).to(dtype),
-        (torch.randn(num_experts, 2 * intermediate, width, generator=rng) / width**0.5).to(dtype),
+        (torch.randn(num_experts, rows, width, generator=rng) / width**0.5).to(dtype),
         (torch.randn(num_experts, width, intermediate, generator=rng) / intermediate**0.5).to(dtype),
         ids,
         torch.rand(num_tokens, top_k, generator=rng) + 0.1,
+        options,
     )
 
 
 def expected(case):
-    return torch.from_numpy(oracle.moe_experts(*(t.double().numpy() for t in vars(case).values())))
+    options = {k: v.double().numpy() if isinstance(v, torch.Tensor) else v for k, v in case.options.items()}
+    return torch.from_numpy(oracle.moe_experts(*(t.double().numpy() for t in case.tensors()), **options))
 
 
 def assert_near(got, want, dtype):
@@ -105,6 +114,111 @@ def test_equals_reference(
 )
 def test_tile_shapes(backend, dtype, num_tokens, num_experts, top_k, width, intermediate):
     check(make_case(num_tokens, num_experts, top_k, width, intermediate, dtype=dtype), backend)
+
+
+LAYOUTS = ("contiguous", "transposed", "rows apart", "transposed, rows apart", "experts last")
+
+
+def laid_out(weight, layout):
+    """The same numbers in another place: neighbours in one of the last two dimensions stay neighbours in memory."""
+    if "apart" in layout:
+        # what lies between must not be read
+        room = torch.full((len(weight), weight.shape[1] + 3, weight.shape[2] + 5), torch.nan, dtype=weight.dtype)
+        room = room.mT.contiguous().mT if "transposed" in layout else room
+        room[:, 2:-1, 1:-4] = weight
+        return room[:, 2:-1, 1:-4]
+    if layout == "experts last":
+        return weight.permute(1, 0, 2).contiguous().permute(1, 0, 2)
+    return weight.mT.contiguous().mT if layout == "transposed" else weight
+
+
+ACTIVATIONS = [
+    dict(),
+    dict(activation="clamped_silu", limit=0.6),
+    dict(activation="silu_clamped", limit=0.4),
+    dict(activation="oai", limit=0.8),
+    dict(activation="oai", limit=1.2, alpha=0.7),
+    dict(activation="gelu_tanh"),
+    dict(activation="relu2"),
+]
+
+
+@st.composite
+def forms(draw, dtype):
+    """Everything that experts of a model may differ in; limits lie where they cut many numbers."""
+    options = draw(st.sampled_from(ACTIVATIONS))
+    num_experts, width, intermediate = (draw(st.sampled_from(sizes)) for sizes in ((1, 3), (40, 64, 97), (5, 32, 70)))
+    case = make_case(
+        draw(st.sampled_from([1, 63])), num_experts, draw(st.integers(1, 2)), width, intermediate, dtype=dtype,
+        seed=draw(st.integers(0, 2**31)), **options,
+    )  # fmt: skip
+    if case.options.get("activation") != "relu2":
+        case.options["interleaved"] = draw(st.booleans())
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    for name, size in (("gate_up_bias", case.gate_up_proj.shape[1]), ("down_bias", width)):
+        bias_dtype = draw(st.sampled_from([None, dtype, torch.float32]))
+        if bias_dtype is not None:
+            case.options[name] = torch.randn(num_experts, size, generator=rng).to(bias_dtype)
+    case.gate_up_proj = laid_out(case.gate_up_proj, draw(st.sampled_from(LAYOUTS)))
+    case.down_proj = laid_out(case.down_proj, draw(st.sampled_from(LAYOUTS)))
+    return case
+
+
+@all_runs
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_forms_equal_reference(backend, dtype, data):
+    check(data.draw(forms(dtype)), backend)
+
+
+@all_runs
+@pytest.mark.parametrize(
+    "options",
+    [*ACTIVATIONS, *(options | {"interleaved": True} for options in ACTIVATIONS if options != ACTIVATIONS[-1])],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_activations(backend, dtype, options):
+    """Several column blocks, the last of them partial; interleaved in the layout of gpt-oss."""
+    case = make_case(40, 2, 2, 72, 150, dtype=dtype, **options)
+    case.options["gate_up_bias"] = torch.randn(2, case.gate_up_proj.shape[1])
+    case.options["down_bias"] = torch.randn(2, 72).to(dtype)
+    if "interleaved" in options:
+        case.gate_up_proj, case.down_proj = (laid_out(w, "transposed") for w in (case.gate_up_proj, case.down_proj))
+    check(case, backend)
+
+
+@both_backends
+@pytest.mark.parametrize("options", ACTIVATIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_nan_passes_every_activation(backend, options):
+    """A clamp or a maximum of NaN is NaN."""
+    case = make_case(3, 1, 1, 16, 8, ids=torch.zeros(3, 1, dtype=torch.int32), **options)
+    case.hidden[1] = torch.nan
+    got = case.run(backend)
+    assert got[1].isnan().all() and got[::2].isfinite().all()
+
+
+@both_backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_not_copied(backend, layout, monkeypatch):
+    """All experts in every call: no matrix as large as one expert's is made."""
+    case = make_case(4, 3, 2, 96, 64)
+    weights = [laid_out(w, layout).to(DEVICE) for w in (case.gate_up_proj, case.down_proj)]
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **kwargs or {})
+            made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
+            theirs = {w.untyped_storage().data_ptr() for w in weights}
+            sizes = [t.numel() for t in made if t.untyped_storage().data_ptr() not in theirs]
+            largest = max(largest, *sizes, 0)
+            return out
+
+    hidden, _, _, ids, slots = case.arguments()
+    with Watch():
+        moe_experts(hidden, *weights, ids, slots, backend=backend)
+    assert 0 < largest < 64 * 96
 
 
 @both_backends
@@ -195,16 +309,6 @@ def test_strided_arguments(backend, how):
     other = replace(case, hidden=strided(case.hidden), ids=strided(case.ids), weights=strided(case.weights))
     assert not other.hidden.is_contiguous()
     torch.testing.assert_close(other.run(backend), case.run(backend), rtol=0, atol=0)
-
-
-@both_backends
-def test_transposed_weights(backend):
-    """As some checkpoints store them: [E, H, 2I] and [E, I, H], seen through a transpose."""
-    case = make_case(20, 3, 2, 40, 24)
-    other = replace(
-        case, gate_up_proj=case.gate_up_proj.mT.contiguous().mT, down_proj=case.down_proj.mT.contiguous().mT
-    )
-    torch.testing.assert_close(other.run(backend), case.run(backend), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -326,7 +430,11 @@ def test_shipped_tiles_are_not_clamped(target):
 @both_backends
 def test_opcheck(backend):
     case = make_case(5, 3, 2, 16, 24)
-    torch.library.opcheck(_moe_experts, (*case.arguments(), backend))
+    torch.library.opcheck(_moe_experts, (*case.arguments(), *ExpertOptions(), backend))
+    case = make_case(5, 3, 2, 16, 24, activation="oai", limit=1.0, alpha=1.5, interleaved=True)
+    biases = torch.randn(3, 48).to(DEVICE), torch.randn(3, 16).to(DEVICE)
+    options = ExpertOptions(*biases, "oai", 1.0, 1.5, True)
+    torch.library.opcheck(_moe_experts, (*case.arguments(), *options, backend))
 
 
 @both_backends
@@ -338,6 +446,16 @@ def test_compiles_without_breaks(backend):
     for num_tokens in (5, 9):
         case = make_case(num_tokens, 3, 2, 16, 24)
         torch.testing.assert_close(compiled(*case.arguments()).cpu(), case.run(backend) * 2, rtol=0, atol=0)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled_form(hidden, gate_up, down, *arguments, **options):
+        return moe_experts(hidden, gate_up.mT, down.mT, *arguments, backend=backend, **options)
+
+    case = make_case(5, 3, 2, 16, 24, activation="oai", limit=1, interleaved=True, down_bias=torch.randn(3, 16))
+    hidden, gate_up, down, *arguments = case.arguments()
+    options = case.options | {"down_bias": case.options["down_bias"].to(DEVICE)}
+    got = compiled_form(hidden, gate_up.mT.contiguous(), down.mT.contiguous(), *arguments, **options)
+    torch.testing.assert_close(got.cpu(), case.run(backend), rtol=1e-5, atol=1e-6)
 
 
 def test_takes_parameters():
@@ -364,7 +482,19 @@ def test_takes_parameters():
         ("ids", torch.zeros(4, 2, dtype=torch.int32), ValueError),
         ("weights", torch.zeros(5, 3), ValueError),
         ("weights", torch.zeros(5, 2, dtype=torch.int32), TypeError),
+        ("gate_up_proj", torch.zeros(3, 96, 32)[:, ::2, ::2], ValueError),
+        ("down_proj", torch.zeros(3, 32, 48)[:, ::2, ::2], ValueError),
         ("activation", "gelu", ValueError),
+        ("limit", 7.0, ValueError),
+        ("alpha", 1.0, ValueError),
+        ("alpha", "1.702", TypeError),
+        ("gate_up_bias", torch.zeros(3, 24), ValueError),
+        ("gate_up_bias", torch.zeros(3, 48, dtype=torch.float16), TypeError),
+        ("gate_up_bias", [0.0], TypeError),
+        ("down_bias", torch.zeros(2, 16), ValueError),
+        ("down_bias", torch.zeros(3, 16, dtype=torch.float64), TypeError),
+        ("down_bias", torch.zeros(3, 16, device="meta"), ValueError),
+        ("interleaved", 1, TypeError),
         ("backend", "cuda", ValueError),
     ],
 )
@@ -375,6 +505,34 @@ def test_refuses(name, value, error):
         value = value.to(DEVICE)
     with pytest.raises(error, match=f"^{name}: "):
         moe_experts(**arguments | {name: value})
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        *((dict(activation=a), "limit") for a in ("clamped_silu", "silu_clamped", "oai")),
+        *((dict(activation=a, limit=1.0), "limit") for a in ("gelu_tanh", "relu2")),
+        *((dict(activation="oai", limit=value), "limit") for value in (0.0, -1.0, float("nan"), float("inf"))),
+        (dict(activation="oai", limit=1.0, alpha=0.0), "alpha"),
+        (dict(activation="clamped_silu", limit=1.0, alpha=1.0), "alpha"),
+        (dict(activation="relu2", interleaved=True), "interleaved"),
+        (dict(activation="relu2"), "gate_up_proj"),  # which has a gate's rows
+        (dict(activation="relu2", gate_up_bias=torch.zeros(3, 48)), "gate_up_bias"),
+    ],
+    ids=lambda v: (
+        "-".join(f"{key}={value}" for key, value in v.items() if key != "gate_up_bias") if isinstance(v, dict) else None
+    ),
+)
+def test_refuses_what_an_activation_does_not_have(options, name):
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        moe_experts(*make_case(5, 3, 2, 16, 24).arguments(), **options)
+
+
+def test_tiles_without_a_gate_are_those_of_a_plain_product():
+    for target in TILES:
+        tiles = expert_tiles(target, torch.bfloat16, 1e6, 4096, 4096, has_gate=False)
+        assert tiles.gate_up == tiles.down == expert_tiles(target, torch.bfloat16, 1e6, 4096, 4096).down
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

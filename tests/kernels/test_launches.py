@@ -12,7 +12,8 @@ SCRIPT = Path(__file__).with_name("launches.py")
 LENGTHS = ["routing", "routing, 72 experts", "gate", "gate, padding", "attention", "attention, batch",
            "attention, tokens first", "attention, odd head", "attention, rows and sinks", "prune", "prune, batch",
            "experts"]  # fmt: skip
-MODELS = ["InternVL3.5-30B-A3B", "InternVL3.5-GPT-OSS-20B", "MiniMax-M3", "DeepSeek-VL2 Small", "DeepSeek-VL2"]
+MODELS = ["InternVL3.5-30B-A3B", "MiniMax-M3", "DeepSeek-VL2 Small", "DeepSeek-VL2", "gpt-oss-20b", "Aria",
+          "Gemma-4-26B-A4B", "Nemotron-3-Nano"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

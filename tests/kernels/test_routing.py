@@ -55,12 +55,18 @@ class GateCase(Case):
 
     hidden: torch.Tensor = None
     weight: torch.Tensor = None
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
 
     def op(self, backend, **arguments):
-        return gate_routing(self.hidden.to(DEVICE), self.weight.to(DEVICE), backend=backend, **arguments)
+        bias = None if self.bias is None else self.bias.to(DEVICE)
+        arguments |= dict(bias=bias, logit_scale=self.logit_scale, backend=backend)
+        return gate_routing(self.hidden.to(DEVICE), self.weight.to(DEVICE), **arguments)
 
     def expected_logits(self):
-        return oracle.gate_logits(self.hidden.double().numpy(), self.weight.double().numpy())
+        bias = None if self.bias is None else self.bias.double().numpy()
+        hidden, weight = self.hidden.double().numpy(), self.weight.double().numpy()
+        return oracle.gate_logits(hidden, weight, bias=bias, logit_scale=self.logit_scale)
 
 
 def check(case, backend, *, ties=False):
@@ -126,6 +132,7 @@ def cases(draw):
         norm_topk_prob=draw(st.booleans()),
         n_group=n_group,
         topk_group=topk_group,
+        group_best=draw(st.sampled_from([None, 1] if group_size == 1 else [None, 1, 2])),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         renormalize=draw(st.booleans()),
     )
@@ -152,7 +159,9 @@ def gate_cases(draw, dtypes):
     # 64 is one block of the sum; 96 one and a half for 16-bit types and three for float32
     width, dtype = draw(st.sampled_from([1, 7, 64, 96])), draw(st.sampled_from(dtypes))
     gate = make_gate(seed, num_tokens, num_experts, width, dtype, top_k=case.top_k, options=case.options,
-                     **case.tensors())  # fmt: skip
+                     logit_scale=draw(st.sampled_from([1.0, 0.25])), **case.tensors())  # fmt: skip
+    bias_dtype = draw(st.sampled_from([None, torch.float32, torch.float16, torch.bfloat16]))
+    gate.bias = None if bias_dtype is None else make_logits(seed + 2, 1, num_experts, bias_dtype)[0]
     layout = draw(st.sampled_from(["contiguous", "rows", "columns", "transposed"]))
     return replace(gate, hidden=strided(gate.hidden, layout), weight=strided(gate.weight, layout))
 
@@ -211,6 +220,7 @@ MODELS = [
     (72, 6, dict(vision_top_k=3, scoring="sigmoid", routed_scaling_factor=2.0), True),  # DeepSeek-VL2
     (256, 8, dict(vision_top_k=4, scoring="sigmoid", n_group=8, topk_group=4), True),  # group-limited, with bias
     (160, 6, dict(vision_top_k=3, n_group=8, topk_group=3, norm_topk_prob=False), False),  # and without
+    (128, 4, dict(vision_top_k=2, n_group=8, topk_group=3, group_best=2), False),  # two scores per group, as Mistral-4
 ]
 
 
@@ -268,6 +278,32 @@ def test_gate_does_not_round_logits(backend, dtype):
         got = case.run(backend)
     assert got.logits.tolist() == [[256.0, 256.0625, 256.03125, 256.015625]] * 3
     assert got.ids.tolist() == [[1, 2]] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "group_best, with_bias, want", [(None, False, 0), (None, True, 1), (1, True, 0), (2, False, 1)]
+)
+def test_groups_count_as_many_as_told(backend, group_best, with_bias, want):
+    """Group 0 has the best expert, group 1 the best two."""
+    logits = torch.tensor([[3.0, 0.0, 2.9, 2.8]]).to(DEVICE)
+    options = dict(n_group=2, topk_group=1, group_best=group_best, backend=backend)
+    bias = torch.zeros(4, device=DEVICE) if with_bias else None
+    out = topk_routing(logits, 2, correction_bias=bias, **options)
+    assert out.ids.tolist() == [[2 * want, 2 * want + 1]]
+    out = gate_routing(torch.ones(1, 1, device=DEVICE), logits.T.contiguous(), 2, correction_bias=bias, **options)
+    assert out.ids.tolist() == [[2 * want, 2 * want + 1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_bias_and_scale(backend, dtype):
+    """The bias counts, the scale multiplies it too, and both are in the logits that come back, unrounded."""
+    x, weight = torch.ones(2, 1), torch.tensor([[1.0], [2.0], [3.0]])
+    bias = torch.tensor([4.0, 0.0, -1.0], dtype=dtype)
+    out = GateCase(None, 2, hidden=x, weight=weight, bias=bias, logit_scale=2.5).run(backend, return_probs=True)
+    assert out.logits.tolist() == [[12.5, 5.0, 5.0]] * 2 and out.ids.tolist() == [[0, 1]] * 2
+    torch.testing.assert_close(out.probs.cpu(), torch.tensor([[12.5, 5.0, 5.0]] * 2).softmax(-1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -336,17 +372,19 @@ def test_custom_op(backend, with_bias, return_probs, with_padding):
     logits, mask = make_logits(15, 9, 6).to(DEVICE), make_mask(16, 9, 0.5).to(DEVICE)
     padding = make_mask(34, 9, 0.5).to(DEVICE) if with_padding else None
     bias = make_logits(17, 1, 6)[0].to(DEVICE) if with_bias else None
-    arguments = (mask, padding, bias, 3, 2, "softmax", True, 2, 1, 1.5, True, return_probs, backend)
+    group_best = 1 if with_padding else None
+    arguments = (mask, padding, bias, 3, 2, "softmax", True, 2, 1, group_best, 1.5, True, return_probs, backend)
     torch.library.opcheck(_topk_routing, (logits, *arguments))
     hidden, weight = make_logits(35, 9, 5).to(DEVICE), make_logits(36, 6, 5).to(DEVICE)
-    torch.library.opcheck(_gate_routing, (hidden, weight, *arguments))
+    torch.library.opcheck(_gate_routing, (hidden, weight, bias, 0.5, *arguments))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend):
     def route(logits, mask):
         options = dict(vision_mask=mask, vision_top_k=2, padding_mask=~mask, return_probs=True, backend=backend)
-        return *topk_routing(logits, 3, **options), *gate_routing(logits, logits, 3, **options)
+        gate = gate_routing(logits, logits, 3, bias=logits[:, 0], logit_scale=0.5, **options)
+        return *topk_routing(logits, 3, n_group=2, topk_group=2, group_best=2, **options), *gate
 
     inputs = make_logits(18, 9, 6).to(DEVICE), make_mask(19, 9, 0.5).to(DEVICE)
     compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
@@ -384,6 +422,11 @@ MASK = torch.zeros(5, dtype=torch.bool)
         (dict(n_group=0), ValueError, "n_group"),
         (dict(n_group=3, topk_group=4), ValueError, "topk_group"),
         (dict(n_group=6, topk_group=1), ValueError, "topk_group"),
+        (dict(n_group=3, group_best=0), ValueError, "group_best"),
+        (dict(n_group=2, group_best=3), ValueError, "group_best"),
+        (dict(n_group=6, topk_group=2, group_best=2), ValueError, "group_best"),
+        (dict(n_group=3, group_best=1.0), TypeError, "group_best"),
+        (dict(n_group=0, group_best=1), ValueError, "n_group"),
         (dict(routed_scaling_factor=0.0), ValueError, "routed_scaling_factor"),
         (dict(routed_scaling_factor=float("nan")), ValueError, "routed_scaling_factor"),
         (dict(routed_scaling_factor="2"), TypeError, "routed_scaling_factor"),
@@ -409,6 +452,13 @@ def test_bad_input_names_the_argument(wrong, error, name):
         (dict(weight=torch.zeros(6, 3)), ValueError, "weight"),
         (dict(weight=torch.zeros(6, 4, dtype=torch.float16)), TypeError, "weight"),
         (dict(weight=torch.zeros(6, 4, device="meta")), ValueError, "weight"),
+        (dict(bias=torch.zeros(5)), ValueError, "bias"),
+        (dict(bias=torch.zeros(6, dtype=torch.int32)), TypeError, "bias"),
+        (dict(bias=torch.zeros(6, device="meta")), ValueError, "bias"),
+        (dict(logit_scale=0.0), ValueError, "logit_scale"),
+        (dict(logit_scale=float("inf")), ValueError, "logit_scale"),
+        (dict(logit_scale="1"), TypeError, "logit_scale"),
+        (dict(n_group=3, group_best=3), ValueError, "group_best"),
         (dict(top_k=7), ValueError, "top_k"),
         (dict(padding_mask=MASK[:4]), ValueError, "padding_mask"),
         (dict(vision_top_k=1), ValueError, "vision_mask"),
