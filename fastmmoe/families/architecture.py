@@ -44,7 +44,7 @@ class Mixer:
         return 2 * tokens * (self.weights + self.state) + squares * self.pair + indexed * self.index_pair
 
     def _squares(self, tokens: int) -> int:
-        """Twice the pairs of a query and a key that it sees, less half a pair per query: `tokens**2` without window."""
+        """Twice the pairs of a query and a key that it sees, less one pair per key of a window: without, `tokens**2`."""
         seen = min(tokens, self.window or tokens)
         return 2 * tokens * seen - seen**2
 

@@ -7,9 +7,9 @@ from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
 
 def _stream_weights(config: Any, layer: int) -> int:
-    """In front of attention and of the MLP, what mixes the residual streams."""
+    """In front of attention and of the MLP, what computes how the residual streams mix, and mixes them."""
     streams = config.hc_mult
-    return 2 * (2 + streams) * streams * streams * config.hidden_size
+    return 2 * ((2 + streams) * streams * streams + streams**2) * config.hidden_size
 
 
 GLM5_NEXT = Family(

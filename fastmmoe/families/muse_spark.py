@@ -30,7 +30,7 @@ MUSE_SPARK = Family(
         supported="Muse-Spark (the name muse-spark-open-816b-a42b)",
         names=r"muse-spark(-.*)?",
         num_experts_per_tok=8,
-        prune_layers=(7, 11, 15),
+        prune_layers=(9, 13, 17),
     ),
     architectures={
         "muse-spark-open-816b-a42b": Architecture.of(
