@@ -44,7 +44,7 @@ class Mixer:
         return 2 * tokens * (self.weights + self.state) + squares * self.pair + indexed * self.index_pair
 
     def _squares(self, tokens: int) -> int:
-        """Twice the pairs of a query and a key that it sees, less one pair per key of a window: without, `tokens**2`."""
+        """Twice the pairs of a query and a key that it sees, less the size of a full window; `tokens**2` without."""
         seen = min(tokens, self.window or tokens)
         return 2 * tokens * seen - seen**2
 
@@ -278,7 +278,7 @@ def _latent_attention(config: Any, kind: str, layer: int) -> tuple[int, int]:
     heads = _of_kind(config, kind, "num_attention_heads")
     query_rank, rank = _of_kind(config, kind, "q_lora_rank") or 0, _of_kind(config, kind, "kv_lora_rank")
     value = _of_kind(config, kind, "v_head_dim")
-    plain, rotary = _of_kind(config, kind, "qk_nope_head_dim"), config.qk_rope_head_dim
+    plain, rotary = _of_kind(config, kind, "qk_nope_head_dim") or 0, config.qk_rope_head_dim
     has_rope = getattr(config, "no_rope_layers", None)  # 1 where a layer has it, in spite of the name
     if has_rope and not has_rope[layer]:
         plain, rotary = plain + rotary, 0
@@ -291,8 +291,9 @@ def _latent_attention(config: Any, kind: str, layer: int) -> tuple[int, int]:
 
 
 def _indexer(config: Any, layer: int) -> tuple[int, int, int]:
-    """(parameters, multiply-adds per query and key, tokens per key) of what chooses keys; nothing where it is shared."""
-    heads, head_dim = _first(config, "index_n_heads", "indexer_n_heads"), _index_dim(config)
+    """(parameters, multiply-adds per query and key, tokens per key) of what chooses keys, where it is not shared."""
+    heads = _first(config, "index_n_heads", "indexer_n_heads")
+    head_dim = _first(config, "index_head_dim", "indexer_head_dim") or 0
     types = getattr(config, "indexer_types", None)
     if not heads or (types and types[layer] == "shared"):
         return 0, 0, 1
@@ -306,10 +307,6 @@ def _indexer(config: Any, layer: int) -> tuple[int, int, int]:
         weights += config.hidden_size * (heads + (head_dim if pool > 1 else 0))
         pair += heads
     return weights, pair, pool
-
-
-def _index_dim(config: Any) -> int:
-    return _first(config, "index_head_dim", "indexer_head_dim") or 0
 
 
 def _recurrent(config: Any) -> tuple[int, int]:
@@ -345,7 +342,7 @@ def _mlps(config: Any, layer: int, is_dense: bool) -> tuple[Mlp, Mlp | None]:
     blocks = getattr(config, "layers_block_type", None)
     if blocks and blocks[layer] not in _NO_MIXER:
         return Mlp(), None
-    matrices = 2 if getattr(config, "mlp_hidden_act", "").startswith("relu") else 3  # a gate makes a third
+    matrices = 2 if str(getattr(config, "mlp_hidden_act", "")).startswith("relu") else 3  # a gate makes a third
     dense_width = _first(config, "dense_intermediate_size", "intermediate_size_mlp", "intermediate_size") or 0
     per_layer_input = 2 * hidden * (_first(config, "hidden_size_per_layer_input") or 0)
     if is_dense:

@@ -6,6 +6,7 @@ from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
 
+
 def _stream_weights(config: Any, layer: int) -> int:
     """In front of attention and of the MLP, what computes how the residual streams mix, and mixes them."""
     streams = config.hc_mult

@@ -6,6 +6,7 @@ from fastmmoe.families.architecture import Architecture, gate_weights, head_gate
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import sigmoid_gate
 
+
 def _mixer_weights(config: Any, layer: int) -> int:
     """A gate and sinks of attention, relative positions, and convolutions behind keys, values, attention and MLP."""
     is_sliding = config.layer_types[layer] == "hybrid_sliding"

@@ -6,6 +6,7 @@ from fastmmoe.families.architecture import Architecture, gate_weights
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
 
+
 def _mixer_weights(config: Any, layer: int) -> int:
     """A gate of attention and, in front of it and of the MLP, what mixes the residual streams."""
     width = config.hc_count * config.hidden_size

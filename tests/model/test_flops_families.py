@@ -282,9 +282,7 @@ def test_a_named_architecture_has_its_checkpoints_parameters(name):
     assert active / 1e9 == pytest.approx(PARAMETERS[name][1], rel=0.2)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in RELEASED if plain_name(family_of(name).checkpoint).startswith(name)]
-)
+@pytest.mark.parametrize("name", [name for name in RELEASED if plain_name(family_of(name).checkpoint).startswith(name)])
 def test_a_preset_prunes_where_the_checkpoint_may(name):
     family, config = family_of(name), released(name)
     assert family.preset.prune_layers == family.preset_layers(config)
