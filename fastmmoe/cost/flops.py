@@ -1,10 +1,27 @@
 """Floating-point operations of a language model's prefill, dense and with FastMMoE (method section 3).
 
-The convention: a multiply-add counts 2; attention scores and values count the causal half, `2 n^2 heads head_dim`;
-latent attention (MLA) counts as transformers computes it in a prefill, every head's keys and values written out;
-norms, activations, rotary embeddings, the language head and FastMMoE's own scoring (one attention row and one gate
-pass per prune layer, under 0.1 % of a 30B model's total) are left out, and so is the vision tower. The scoring of other
-methods (rows of attention, ranks, clusters) is left out as well; tokens that they recycle are counted.
+The convention, in which a multiply-add counts 2:
+
+- A matrix counts once per token that it multiplies: projections, gates of attention and of shared experts, dense MLPs,
+  shared experts, routers, what mixes residual streams. A short convolution counts its kernel once per channel.
+- Attention scores and values count the causal half, `2 n^2 heads head_dim`. Where a query sees a window of `w < n` keys
+  they count `(2 n w - w^2)` in place of `n^2`, and where tokens see only their own chunk, the sum over chunks of
+  `chunk^2`. Blocks of an image that are seen both ways count as if causal.
+- Latent attention (MLA) counts as transformers computes it in a prefill, every head's keys and values written out.
+- Attention to keys that an indexer chose counts as transformers computes it: as full attention, under a mask. The
+  indexer's projections are added, and the causal half of its scores, with one key for each pool of tokens.
+- Linear attention and state spaces count the recurrence whatever the kernel's chunks: per token and head a multiply-add
+  per element of the state for each product with it, three for the delta rule (what the state predicts, the update,
+  the output), two for Mamba (the update, the output). Decay is left out.
+- Experts count what routing asks for, K per token, also where a stock model runs all of them. Where vision tokens have
+  experts of their own, theirs count.
+- Norms, activations, rotary embeddings, embeddings added in layers, the language head and FastMMoE's own scoring (one
+  attention row and one gate pass per prune layer, under 0.1 % of a 30B model's total) are left out, and so is the
+  vision tower. The scoring of other methods (rows of attention, ranks, clusters) is left out as well; tokens that they
+  recycle are counted.
+
+Behind a prune layer every later layer, of whatever kind, sees the tokens that are left; windows and chunks are then of
+those.
 """
 
 from collections.abc import Sequence
@@ -13,7 +30,7 @@ from numbers import Integral
 from typing import Any
 
 from fastmmoe.config import ReductionConfig
-from fastmmoe.families import ARCHITECTURES, Architecture, plain_name
+from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, plain_name
 
 
 @dataclass(frozen=True)
@@ -89,10 +106,8 @@ def flops(
 
     def total(layer: int, before: Sequence[int], after: Sequence[int], vision_top_k: int) -> int:
         """FLOPs of a layer; vision tokens per sample before and after the pruning between attention and MoE."""
-        return sum(
-            architecture.attention_flops(t + b) + architecture.mlp_flops(layer, t + a, t * top_k + a * vision_top_k)
-            for t, b, a in zip(text, before, after, strict=True)
-        )
+        counted = architecture.layers[layer]
+        return sum(counted.flops(t, b, a, top_k, vision_top_k) for t, b, a in zip(text, before, after, strict=True))
 
     left = _vision_left(config, vision, vision_left)
     per_layer = []
@@ -138,7 +153,7 @@ def _architecture(text_config: Any) -> Architecture:
     if isinstance(text_config, Architecture):
         return text_config
     if not isinstance(text_config, str):
-        return Architecture.from_config(text_config)
+        return architecture_of(text_config)
     name = plain_name(text_config)
     for known, architecture in ARCHITECTURES.items():
         if name == known or name.startswith(f"{known}-"):

@@ -76,6 +76,18 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def architecture_of(model_or_config: Any) -> Architecture:
+    """The sizes of a transformers model's or (composite) config's text model.
+
+    Raises:
+        ValueError: no experts, or layers of a kind that is not known here.
+    """
+    config = text_config_of(model_or_config)
+    kind = getattr(config, "model_type", None)
+    family = next((family for family in FAMILIES if family.text_type == kind), None)
+    return Architecture.from_config(config, *([] if family is None else [family.mixer_weights]))
+
+
 def text_models(model: nn.Module) -> list[tuple[Family, nn.Module, nn.Module]]:
     """(family, text model, the multimodal model that calls it) for every known text model inside `model`."""
     found: dict[int, tuple[Family, nn.Module, nn.Module]] = {}
@@ -169,6 +181,7 @@ __all__ = [
     "Family",
     "Preset",
     "Tiling",
+    "architecture_of",
     "find_preset",
     "find_text_model",
     "plain_name",

@@ -1,117 +1,152 @@
-"""The dimensions of a text model on which the cost of its prefill depends, and the FLOPs of a layer."""
+"""The sizes of a text model on which the cost of its prefill depends, layer by layer, read from its config."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+from fastmmoe.families.kinds import FULL, RECURRENT, SLIDING, layer_kind
 from fastmmoe.families.names import text_config_of
+
+# kinds of layers, beside those whose name ends in "indexed_attention" or "sparse" (an indexer chooses keys)
+_ATTENTION = (FULL, SLIDING, "chunked_attention", "reference_sliding_attention", "hybrid", "hybrid_sliding")
+# layers that mix no tokens, where attention and MLP are layers of their own
+_NO_MIXER = ("moe", "mlp")
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """How a layer mixes its tokens: attention, linear attention, a state space, a short convolution, or not at all.
+
+    Attributes:
+        weights: parameters of its matrices and convolutions, each of which multiplies every token once.
+        state: multiply-adds per token on a recurrent state.
+        pair: multiply-adds per query and key: heads times the widths of a key and a value.
+        window: keys that a query sees, its own included; 0: all in front of it.
+        chunk: tokens of a chunk that see nothing outside it; 0: no chunks.
+        index_pair: multiply-adds per query and key of an indexer that chooses keys.
+        index_pool: tokens that one key of the indexer stands for.
+    """
+
+    weights: int = 0
+    state: int = 0
+    pair: int = 0
+    window: int = 0
+    chunk: int = 0
+    index_pair: int = 0
+    index_pool: int = 1
+
+    def flops(self, tokens: int) -> int:
+        """Over one sample's tokens."""
+        whole, rest = divmod(tokens, self.chunk or max(tokens, 1))
+        squares = whole * self._squares(self.chunk or tokens) + self._squares(rest)
+        indexed = tokens * (tokens // self.index_pool)
+        return 2 * tokens * (self.weights + self.state) + squares * self.pair + indexed * self.index_pair
+
+    def _squares(self, tokens: int) -> int:
+        """Twice the pairs of a query and a key that it sees, less the size of a full window; `tokens**2` without."""
+        seen = min(tokens, self.window or tokens)
+        return 2 * tokens * seen - seen**2
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """What a layer does to each token by itself.
+
+    Attributes:
+        weights: parameters that multiply every token: of the gate, shared experts, projections around the experts, or
+            of a dense MLP.
+        expert: parameters of one expert; 0 without experts.
+    """
+
+    weights: int = 0
+    expert: int = 0
+
+    def flops(self, tokens: int, active: int) -> int:
+        """`active` is the sum over tokens of their experts."""
+        return 2 * (tokens * self.weights + active * self.expert)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+        vision_mlp: of vision tokens, where it is another; None: the same.
+    """
+
+    mixer: Mixer = Mixer()
+    mlp: Mlp = Mlp()
+    vision_mlp: Mlp | None = None
+
+    def flops(self, text: int, vision: int, vision_left: int, top_k: int, vision_top_k: int) -> int:
+        """Over one sample, whose vision tokens are `vision_left` behind the mixer."""
+        vision_mlp = self.vision_mlp or self.mlp
+        tokens = self.mlp.flops(text, text * top_k) + vision_mlp.flops(vision_left, vision_left * vision_top_k)
+        return self.mixer.flops(text + vision) + tokens
+
+
+def _no_weights(config: Any, layer: int) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The dimensions of a text model that its FLOPs depend on, named as in transformers' configs.
+    """The sizes of a text model that its FLOPs depend on.
 
     Attributes:
-        intermediate_size: width of the dense MLP of `dense_layers`.
-        moe_intermediate_size: width of one expert.
-        shared_intermediate_size: width of all shared experts together; 0 without.
-        kv_lora_rank: width of MLA's latent; 0 for other attention. With MLA `head_dim` is that of queries and keys,
-            `qk_rope_head_dim` the part of it that a key shares with all heads, and values have `v_head_dim`.
-        q_lora_rank: width of the queries' latent; 0 without.
-        dense_layers: layers with a dense MLP in place of the experts.
+        num_experts_per_tok: experts per token, K.
     """
 
-    num_hidden_layers: int
     hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     num_experts: int
     num_experts_per_tok: int
-    moe_intermediate_size: int
-    intermediate_size: int = 0
-    shared_intermediate_size: int = 0
-    dense_layers: frozenset[int] = frozenset()
-    kv_lora_rank: int = 0
-    q_lora_rank: int = 0
-    qk_rope_head_dim: int = 0
-    v_head_dim: int = 0
+    layers: tuple[Layer, ...]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
 
     @classmethod
-    def from_config(cls, model_or_config: Any) -> "Architecture":
-        """Read the dimensions from a transformers config (a composite one's text config) or a model.
+    def from_config(
+        cls, model_or_config: Any, mixer_weights: Callable[[Any, int], int] = _no_weights
+    ) -> "Architecture":
+        """Read the sizes from a transformers config (a composite one's text config) or a model.
+
+        Args:
+            mixer_weights: (a layer's config, layer) -> parameters in front of its MLP of which no attribute tells.
 
         Raises:
-            ValueError: no experts, or attention that the convention does not cover (sliding, linear).
+            ValueError: no experts, or layers of a kind that is not known here.
         """
         config = text_config_of(model_or_config)
-        if getattr(config,"layer_types",None) or not hasattr(config,"num_experts_per_tok") or "moe" in config.model_type or True:  # TEMP
-            return cls(num_hidden_layers=config.num_hidden_layers, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=12)
         kind = getattr(config, "model_type", type(config).__name__)
-        other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-        if other and False:
-            raise ValueError(f"text_config: {kind} has layers of type {other}, expected full attention in every layer")
-        names = ("num_experts", "n_routed_experts", "num_local_experts")
-        num_experts = next((n for name in names if (n := getattr(config, name, None))), 0)
-        top_k = getattr(config, "num_experts_per_tok", None) or 1
-        width = getattr(config, "moe_intermediate_size", None) or 1
-        num_experts = num_experts or 8
-        width = width[1] if isinstance(width, list) else width
+        num_experts, top_k, width = _num_experts(config), _experts_per_token(config), _expert_widths(config)[0]
         if not (num_experts and top_k and width):
             raise ValueError(
                 f"text_config: {kind} has no experts known here, expected num_experts, num_experts_per_tok and "
                 f"moe_intermediate_size, got {num_experts}, {top_k} and {width}"
             )
-        shared = getattr(config, "shared_expert_intermediate_size", None) or 0
-        shared += (getattr(config, "n_shared_experts", None) or 0) * width
-        return cls(
-            num_hidden_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            num_experts=num_experts,
-            num_experts_per_tok=top_k,
-            moe_intermediate_size=width,
-            intermediate_size=getattr(config, "intermediate_size", None) or 0,
-            shared_intermediate_size=shared,
-            dense_layers=dense_layers(config),
-            **_head_dims(config),
-        )
+        dense, layers = dense_layers(config), []
+        for layer in range(config.num_hidden_layers):
+            of_layer = _of_layer(config, layer)
+            try:
+                mixer = _mixer(of_layer, layer, mixer_weights(of_layer, layer))
+            except _UnknownKindError as error:
+                raise ValueError(f"text_config: {kind} has layers of type {error}, which is not counted") from None
+            mlp, vision_mlp = _mlps(of_layer, layer, layer in dense)
+            layers.append(Layer(mixer, mlp, vision_mlp))
+        return cls(config.hidden_size, num_experts, top_k, tuple(layers))
 
-    def attention_flops(self, tokens: int) -> int:
-        """Projections, causal scores and values of one layer's attention over one sample's tokens."""
-        width = self.num_attention_heads * self.head_dim
-        value_width = self.num_attention_heads * (self.v_head_dim or self.head_dim)
-        if self.kv_lora_rank:
-            query = (self.hidden_size + width) * self.q_lora_rank or self.hidden_size * width
-            latent = self.hidden_size * (self.kv_lora_rank + self.qk_rope_head_dim)
-            heads = self.kv_lora_rank * (width - self.num_attention_heads * self.qk_rope_head_dim + value_width)
-            weights = query + latent + heads
-        else:
-            weights = self.hidden_size * (width + 2 * self.num_key_value_heads * self.head_dim)
-        weights += value_width * self.hidden_size  # output
-        return 2 * tokens * weights + tokens**2 * (width + value_width)
-
-    def mlp_flops(self, layer: int, tokens: int, active_experts: int) -> int:
-        """The layer's gate and experts, or its dense MLP; `active_experts` is summed over the tokens."""
-        swiglu = 6 * self.hidden_size  # three matrices, per token and unit of intermediate width
-        if layer in self.dense_layers:
-            return swiglu * self.intermediate_size * tokens
-        gate = 2 * self.hidden_size * self.num_experts * tokens
-        experts = swiglu * self.moe_intermediate_size * active_experts
-        return gate + experts + swiglu * self.shared_intermediate_size * tokens
+    @classmethod
+    def of(cls, mixer_weights: Callable[[Any, int], int] = _no_weights, **sizes: Any) -> "Architecture":
+        """Read the sizes from attributes named as in a transformers config."""
+        return cls.from_config(SimpleNamespace(**sizes), mixer_weights)
 
 
-def _head_dims(config: Any) -> dict[str, int]:
-    """The dimensions of a head, and those of MLA where a model has it."""
-    if not getattr(config, "kv_lora_rank", None) or not getattr(config, "use_mla", True):
-        return {"head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
-    return {
-        "head_dim": config.qk_nope_head_dim + config.qk_rope_head_dim,
-        "kv_lora_rank": config.kv_lora_rank,
-        "q_lora_rank": config.q_lora_rank or 0,
-        "qk_rope_head_dim": config.qk_rope_head_dim,
-        "v_head_dim": config.v_head_dim,
-    }
+class _UnknownKindError(Exception):
+    """A kind of layer that is not known here."""
 
 
 def dense_layers(config: Any) -> frozenset[int]:
@@ -120,7 +155,219 @@ def dense_layers(config: Any) -> frozenset[int]:
     kinds = getattr(config, "mlp_layer_types", None)
     if kinds:
         return frozenset(i for i in layers if kinds[i] == "dense")
-    step = getattr(config, "decoder_sparse_step", None) or 1
-    first = getattr(config, "first_k_dense_replace", None) or 0
+    blocks = getattr(config, "layers_block_type", None)
+    if blocks:
+        return frozenset(i for i in layers if blocks[i] != "moe")
+    with_experts = getattr(config, "moe_layers", None)
+    if with_experts:
+        return frozenset(layers) - frozenset(with_experts)
+    every = _first(config, "decoder_sparse_step", "interleave_moe_layer_step") or 1
+    first = _first(config, "first_k_dense_replace", "num_dense_layers") or 0
     named = getattr(config, "mlp_only_layers", None) or ()
-    return frozenset(i for i in layers if i < first or i in named or (i + 1) % step != 0)
+    return frozenset(i for i in layers if i < first or i in named or (i + 1) % every != 0)
+
+
+def gate_weights(config: Any, layer: int) -> int:
+    """Parameters of a gate on every element of what a layer's attention gives, if the layer has attention."""
+    kind = layer_kind(config, layer)
+    if kind in RECURRENT or kind in _NO_MIXER:
+        return 0
+    return config.hidden_size * _heads(config, kind)[0] * _head_dim(config, kind)
+
+
+def head_gate_weights(config: Any, layer: int) -> int:
+    """Parameters of a gate on what each head gives, if the layer has attention."""
+    kind = layer_kind(config, layer)
+    return 0 if kind in RECURRENT or kind in _NO_MIXER else config.hidden_size * _heads(config, kind)[0]
+
+
+# --- what configs call things -----------------------------------------------------------------------------------------
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of the attributes that is there and neither None nor 0; else None."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def _of_layer(config: Any, layer: int) -> Any:
+    """The config of one layer; configs whose layers have sizes of their own tell them only by layer."""
+    per_layer = getattr(config, "per_layer_config", None)
+    return config if per_layer is None else per_layer[layer]
+
+
+def _num_experts(config: Any) -> int:
+    return _first(config, "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts") or 0
+
+
+def _experts_per_token(config: Any) -> int:
+    return _first(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k") or 0
+
+
+def _expert_widths(config: Any) -> tuple[int, int]:
+    """Widths of an expert of text tokens and of vision tokens."""
+    width = _first(config, "moe_intermediate_size", "intermediate_size") or 0
+    return (width[0], width[1]) if isinstance(width, (list, tuple)) else (width, width)
+
+
+def _is_sliding(kind: str) -> bool:
+    return kind in (SLIDING, "hybrid_sliding")
+
+
+def _of_kind(config: Any, kind: str, name: str) -> Any:
+    """A size of attention, which sliding layers or full ones may have under a name of their own."""
+    own, infix = ("swa", "num_sliding_") if _is_sliding(kind) else ("global", "num_global_")
+    return _first(config, f"{own}_{name}", name.replace("num_", infix, 1), name)
+
+
+def _heads(config: Any, kind: str) -> tuple[int, int]:
+    """Heads of queries, and of keys and values."""
+    heads = _of_kind(config, kind, "num_attention_heads")
+    return heads, _of_kind(config, kind, "num_key_value_heads") or heads
+
+
+def _head_dim(config: Any, kind: str) -> int:
+    return _of_kind(config, kind, "head_dim") or config.hidden_size // config.num_attention_heads
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _mixer(config: Any, layer: int, more_weights: int) -> Mixer:
+    kind = layer_kind(config, layer)
+    if kind in _NO_MIXER:
+        return Mixer()
+    if kind in RECURRENT:
+        weights, state = _recurrent(config)
+        return Mixer(weights=weights + more_weights, state=state)
+    has_indexer = kind.endswith(("indexed_attention", "sparse"))
+    if kind not in _ATTENTION and not has_indexer:
+        raise _UnknownKindError(repr(kind))
+    is_latent = bool(getattr(config, "kv_lora_rank", None)) and getattr(config, "use_mla", True)
+    weights, pair = _latent_attention(config, kind, layer) if is_latent else _attention(config, kind, layer)
+    window = _first(config, "sliding_window", "sliding_window_size") if _is_sliding(kind) else None
+    chunk = _first(config, "attention_chunk_size") if kind == "chunked_attention" else None
+    index_weights, index_pair, index_pool = _indexer(config, layer) if has_indexer else (0, 0, 1)
+    return Mixer(
+        weights=weights + index_weights + more_weights,
+        pair=pair,
+        window=window or 0,
+        chunk=chunk or 0,
+        index_pair=index_pair,
+        index_pool=index_pool,
+    )
+
+
+def _reuses_keys(config: Any, layer: int) -> bool:
+    """Whether a layer takes the keys and values of an earlier one."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    return bool(modes) and str(modes[layer]).startswith("reuse")
+
+
+def _attention(config: Any, kind: str, layer: int) -> tuple[int, int]:
+    """(parameters, multiply-adds per query and key)."""
+    heads, key_heads = _heads(config, kind)
+    head_dim = _head_dim(config, kind)
+    # keys may serve as values too
+    projected = 1 if getattr(config, "attention_k_eq_v", False) and not _is_sliding(kind) else 2
+    key_width = 0 if _reuses_keys(config, layer) else projected * key_heads * head_dim
+    return config.hidden_size * (2 * heads * head_dim + key_width), 2 * heads * head_dim
+
+
+def _latent_attention(config: Any, kind: str, layer: int) -> tuple[int, int]:
+    """MLA, every head's keys and values written out."""
+    heads = _of_kind(config, kind, "num_attention_heads")
+    query_rank, rank = _of_kind(config, kind, "q_lora_rank") or 0, _of_kind(config, kind, "kv_lora_rank")
+    value = _of_kind(config, kind, "v_head_dim")
+    plain, rotary = _of_kind(config, kind, "qk_nope_head_dim") or 0, config.qk_rope_head_dim
+    has_rope = getattr(config, "no_rope_layers", None)  # 1 where a layer has it, in spite of the name
+    if has_rope and not has_rope[layer]:
+        plain, rotary = plain + rotary, 0
+    width = heads * (plain + rotary)
+    query = (config.hidden_size + width) * query_rank or config.hidden_size * width
+    latent = 0 if _reuses_keys(config, layer) else config.hidden_size * (rank + rotary)
+    written_out = rank * heads * (plain + value)
+    output = heads * value * config.hidden_size
+    return query + latent + written_out + output, width + heads * value
+
+
+def _indexer(config: Any, layer: int) -> tuple[int, int, int]:
+    """(parameters, multiply-adds per query and key, tokens per key) of what chooses keys, where it is not shared."""
+    heads = _first(config, "index_n_heads", "indexer_n_heads")
+    head_dim = _first(config, "index_head_dim", "indexer_head_dim") or 0
+    types = getattr(config, "indexer_types", None)
+    if not heads or (types and types[layer] == "shared"):
+        return 0, 0, 1
+    keys = _first(config, "indexer_kv_heads") or 1
+    pool = _first(config, "index_kpool", "indexer_compress_ratio") or 1
+    query_rank = _first(config, "q_lora_rank") if getattr(config, "kv_lora_rank", None) else None
+    weights = (query_rank or config.hidden_size) * heads * head_dim + config.hidden_size * keys * head_dim
+    pair = heads * head_dim
+    if getattr(config, "index_topk", None):
+        # heads are weighed token by token, and keys may be pooled by a gate
+        weights += config.hidden_size * (heads + (head_dim if pool > 1 else 0))
+        pair += heads
+    return weights, pair, pool
+
+
+def _recurrent(config: Any) -> tuple[int, int]:
+    """(parameters, multiply-adds per token on the state) of linear attention, a state space or a short convolution."""
+    hidden = config.hidden_size
+    if heads := _first(config, "linear_num_value_heads"):
+        # the gated delta rule, with a gate of the output and two numbers per head
+        key_width = config.linear_num_key_heads * config.linear_key_head_dim
+        width = heads * config.linear_value_head_dim
+        convolved = 2 * key_width + width
+        weights = hidden * (convolved + width + 2 * heads) + width * hidden
+        weights += convolved * config.linear_conv_kernel_dim
+        return weights, 3 * width * config.linear_key_head_dim
+    if heads := _first(config, "linear_num_heads"):
+        # the same rule with a decay per channel, which like the gate is made by two matrices
+        head_dim, width = config.linear_head_dim, heads * config.linear_head_dim
+        weights = hidden * (3 * width + heads) + width * hidden + 2 * (hidden + width) * head_dim
+        weights += 3 * width * config.linear_conv_kernel_dim
+        return weights, 3 * width * head_dim
+    if heads := _first(config, "mamba_num_heads"):
+        width = heads * config.mamba_head_dim
+        convolved = width + 2 * config.n_groups * config.ssm_state_size
+        weights = hidden * (width + convolved + heads) + convolved * config.conv_kernel + width * hidden
+        return weights, 2 * width * config.ssm_state_size
+    if kernel := _first(config, "conv_L_cache"):
+        return hidden * (3 * hidden + kernel + hidden), 0
+    raise _UnknownKindError(repr(RECURRENT[0]))
+
+
+def _mlps(config: Any, layer: int, is_dense: bool) -> tuple[Mlp, Mlp | None]:
+    """Of a layer's text tokens, and of its vision tokens where that is another."""
+    hidden = config.hidden_size
+    blocks = getattr(config, "layers_block_type", None)
+    if blocks and blocks[layer] not in _NO_MIXER:
+        return Mlp(), None
+    matrices = 2 if str(getattr(config, "mlp_hidden_act", "")).startswith("relu") else 3  # a gate makes a third
+    dense_width = _first(config, "dense_intermediate_size", "intermediate_size_mlp", "intermediate_size") or 0
+    per_layer_input = 2 * hidden * (_first(config, "hidden_size_per_layer_input") or 0)
+    if is_dense:
+        return Mlp(weights=matrices * hidden * dense_width + per_layer_input), None
+    weights = hidden * _num_experts(config) + matrices * hidden * _shared_width(config) + per_layer_input
+    if _first(config, "shared_expert_intermediate_size"):
+        weights += hidden  # the shared expert's own gate
+    if getattr(config, "enable_moe_block", False):
+        weights += matrices * hidden * dense_width  # a dense MLP beside the experts
+    inner = _first(config, "moe_hidden_size", "moe_latent_size")
+    if inner:
+        weights += 2 * hidden * inner  # into the experts and back
+    text, vision = (Mlp(weights, matrices * (inner or hidden) * width) for width in _expert_widths(config))
+    return text, (vision if vision != text else None)
+
+
+def _shared_width(config: Any) -> int:
+    """Width of all shared experts together."""
+    if getattr(config, "intermediate_size_mlp", None):
+        return config.intermediate_size
+    count = _first(config, "n_shared_experts", "moe_num_shared_experts") or 0
+    each = _first(config, "shared_experts_intermediate_size") or _expert_widths(config)[0]
+    together = _first(
+        config,
+        *("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"),
+        "moe_shared_expert_intermediate_size",
+    )
+    return together or count * each

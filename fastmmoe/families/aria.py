@@ -1,5 +1,6 @@
 """Aria."""
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
 
@@ -20,5 +21,18 @@ ARIA = Family(
         num_experts_per_tok=6,
         prune_layers=(3, 5, 7),
     ),
+    architectures={
+        "aria": Architecture.of(
+            num_hidden_layers=28,
+            hidden_size=2560,
+            num_attention_heads=20,
+            num_key_value_heads=20,
+            head_dim=128,
+            moe_num_experts=64,
+            moe_topk=6,
+            intermediate_size=1664,
+            moe_num_shared_experts=2,
+        )
+    },
     checkpoint="rhymes-ai/Aria",
 )

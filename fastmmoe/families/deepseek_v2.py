@@ -8,49 +8,49 @@ from torch import nn
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 
-_DEEPSEEK_VL2_TINY = Architecture(
+_DEEPSEEK_VL2_TINY = Architecture.of(
     num_hidden_layers=12,
     hidden_size=1280,
     num_attention_heads=10,
     num_key_value_heads=10,
     head_dim=128,
-    num_experts=64,
+    n_routed_experts=64,
     num_experts_per_tok=6,
     moe_intermediate_size=896,
     intermediate_size=6848,
-    shared_intermediate_size=2 * 896,
-    dense_layers=frozenset({0}),
+    n_shared_experts=2,
+    first_k_dense_replace=1,
 )
 
-_DEEPSEEK_VL2_SMALL = Architecture(
+_DEEPSEEK_VL2_SMALL = Architecture.of(
     num_hidden_layers=27,
     hidden_size=2048,
     num_attention_heads=16,
     num_key_value_heads=16,
-    head_dim=128 + 64,
-    num_experts=64,
+    qk_nope_head_dim=128,
+    n_routed_experts=64,
     num_experts_per_tok=6,
     moe_intermediate_size=1408,
     intermediate_size=10944,
-    shared_intermediate_size=2 * 1408,
-    dense_layers=frozenset({0}),
+    n_shared_experts=2,
+    first_k_dense_replace=1,
     kv_lora_rank=512,
     qk_rope_head_dim=64,
     v_head_dim=128,
 )
 
-_DEEPSEEK_VL2 = Architecture(
+_DEEPSEEK_VL2 = Architecture.of(
     num_hidden_layers=30,
     hidden_size=2560,
     num_attention_heads=32,
     num_key_value_heads=32,
-    head_dim=128 + 64,
-    num_experts=72,
+    qk_nope_head_dim=128,
+    n_routed_experts=72,
     num_experts_per_tok=6,
     moe_intermediate_size=1536,
     intermediate_size=12288,
-    shared_intermediate_size=2 * 1536,
-    dense_layers=frozenset({0}),
+    n_shared_experts=2,
+    first_k_dense_replace=1,
     kv_lora_rank=512,
     qk_rope_head_dim=64,
     v_head_dim=128,

@@ -1,5 +1,6 @@
 """ERNIE-4.5-VL, where vision tokens have a gate and experts of their own."""
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
 
@@ -22,5 +23,20 @@ ERNIE4_5_VL_MOE = Family(
         num_experts_per_tok=6,
         prune_layers=(3, 5, 7),
     ),
+    architectures={
+        "ernie-4.5-vl-28b-a3b": Architecture.of(
+            num_hidden_layers=28,
+            hidden_size=2560,
+            num_attention_heads=20,
+            num_key_value_heads=4,
+            head_dim=128,
+            moe_num_experts=64,
+            moe_k=6,
+            moe_intermediate_size=(1536, 512),
+            intermediate_size=12288,
+            moe_num_shared_experts=2,
+            first_k_dense_replace=1,
+        )
+    },
     checkpoint="baidu/ERNIE-4.5-VL-28B-A3B-PT",
 )

@@ -75,6 +75,10 @@ def _none(*_: Any) -> str:
     return ""
 
 
+def _no_weights(*_: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where one family keeps the parts that a reduced prefill works on, its preset, its sizes and its pictures.
@@ -105,6 +109,8 @@ class Family:
             model with random weights that needs no download; or "".
 
     Of the text model:
+        mixer_weights: (a layer's config, layer) -> parameters of matrices and convolutions in front of its MLP of which
+            no attribute of the config tells: gates of attention, connections of residual streams.
         attention, norm, moe, gate, experts: where a decoder layer keeps them, as for `get_submodule`; the gate's and
             the experts' are counted from the MoE. The norm's input is the residual stream at the MoE. `moe` "" is the
             layer itself.
@@ -151,6 +157,7 @@ class Family:
     port: str = ""
     random_model: str = ""
 
+    mixer_weights: Callable[[Any, int], int] = _no_weights
     attention: str = "self_attn"
     norm: str = "post_attention_layernorm"
     moe: str = "mlp"

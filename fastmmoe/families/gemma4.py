@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe_kernels import GateOutput, RoutingOutput
 
@@ -36,5 +37,25 @@ GEMMA4 = Family(
         num_experts_per_tok=8,
         prune_layers=(),
     ),
+    architectures={
+        "gemma-4-26b-a4b": Architecture.of(
+            num_hidden_layers=30,
+            hidden_size=2816,
+            layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(30)],
+            sliding_window=1024,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=256,
+            # of the full layers, whose keys are their values too
+            num_global_key_value_heads=2,
+            global_head_dim=512,
+            attention_k_eq_v=True,
+            enable_moe_block=True,
+            num_experts=128,
+            top_k_experts=8,
+            moe_intermediate_size=704,
+            intermediate_size=2112,
+        )
+    },
     checkpoint="google/gemma-4-26B-A4B-it",
 )

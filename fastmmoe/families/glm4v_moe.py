@@ -1,5 +1,6 @@
 """GLM-4.5V and GLM-4.6V."""
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
 
@@ -17,6 +18,23 @@ GLM4V_MOE = Family(
         names=r"glm-4\.[56]v(-(?!flash).*)?",
         num_experts_per_tok=8,
         prune_layers=(5, 8, 12),
+    ),
+    # GLM-4.6V is of the same sizes
+    architectures=dict.fromkeys(
+        ("glm-4.5v", "glm-4.6v"),
+        Architecture.of(
+            num_hidden_layers=46,
+            hidden_size=4096,
+            num_attention_heads=96,
+            num_key_value_heads=8,
+            head_dim=128,
+            n_routed_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=1408,
+            intermediate_size=10944,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+        ),
     ),
     checkpoint="zai-org/GLM-4.5V",
 )

@@ -1,5 +1,6 @@
 """Kimi-K2.5 and K2.6 on a DeepSeek-V3 text model."""
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
 
@@ -16,6 +17,25 @@ KIMI_K25 = Family(
         names=r"kimi-k2\.[56](-.*)?",
         num_experts_per_tok=8,
         prune_layers=(6, 10, 15),
+    ),
+    architectures=dict.fromkeys(
+        ("kimi-k2.5", "kimi-k2.6"),
+        Architecture.of(
+            num_hidden_layers=61,
+            hidden_size=7168,
+            num_attention_heads=64,
+            kv_lora_rank=512,
+            q_lora_rank=1536,
+            qk_rope_head_dim=64,
+            qk_nope_head_dim=128,
+            v_head_dim=128,
+            n_routed_experts=384,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
+            intermediate_size=18432,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+        ),
     ),
     checkpoint="moonshotai/Kimi-K2.5",
 )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 
 
@@ -35,5 +36,20 @@ LFM2_VL_LFM2_MOE = Family(
         num_experts_per_tok=4,
         prune_layers=(2, 6, 10),
     ),
+    architectures={
+        "lfm2-8b-a1b": Architecture.of(
+            num_hidden_layers=24,
+            hidden_size=2048,
+            layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+            conv_L_cache=3,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_experts=32,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1792,
+            intermediate_size=7168,
+            num_dense_layers=2,
+        )
+    },
     checkpoint="LiquidAI/LFM2-8B-A1B",
 )

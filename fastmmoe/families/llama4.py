@@ -1,6 +1,21 @@
 """Llama 4, whose tokens take one expert each."""
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
+
+_SIZES = dict(
+    num_hidden_layers=48,
+    hidden_size=5120,
+    layer_types=["full_attention" if i % 4 == 3 else "chunked_attention" for i in range(48)],
+    attention_chunk_size=8192,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    num_experts_per_tok=1,
+    intermediate_size=8192,
+    intermediate_size_mlp=16384,
+)
+
 
 LLAMA4 = Family(
     title="Llama-4",
@@ -25,5 +40,9 @@ LLAMA4 = Family(
         num_experts_per_tok=1,
         prune_layers=(7, 11, 15),
     ),
+    architectures={
+        "llama-4-scout-17b-16e": Architecture.of(**_SIZES, num_local_experts=16),
+        "llama-4-maverick-17b-128e": Architecture.of(**_SIZES, num_local_experts=128, interleave_moe_layer_step=2),
+    },
     checkpoint="meta-llama/Llama-4-Scout-17B-16E-Instruct",
 )

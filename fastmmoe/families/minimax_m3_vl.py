@@ -1,5 +1,6 @@
 """MiniMax-M3: full and block-sparse attention."""
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import sigmoid_gate
 
@@ -21,5 +22,18 @@ MINIMAX_M3_VL = Family(
         num_experts_per_tok=4,
         prune_layers=(6, 10, 15),
     ),
+    architectures={
+        "minimax-m3": Architecture.of(
+            num_hidden_layers=60,
+            hidden_size=6144,
+            num_attention_heads=64,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_local_experts=128,
+            num_experts_per_tok=4,
+            intermediate_size=3072,
+            shared_intermediate_size=3072,
+        )
+    },
     checkpoint="MiniMaxAI/MiniMax-M3",
 )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_softmax_gate
 
@@ -32,7 +33,29 @@ MISTRAL_LARGE4 = Family(
         supported="Mistral-Large-4 (the name mistral-large-4)",
         names=r"mistral-large-4(-.*)?",
         num_experts_per_tok=4,
-        prune_layers=(),
+        prune_layers=(8, 12, 18),
     ),
+    architectures={
+        "mistral-large-4-1t-a52b": Architecture.of(
+            num_hidden_layers=72,
+            hidden_size=6144,
+            layer_types=["indexed_attention"] * 72,
+            num_attention_heads=64,
+            kv_lora_rank=512,
+            qk_rope_head_dim=64,
+            qk_nope_head_dim=64,
+            v_head_dim=128,
+            no_rope_layers=[1, 1, 1, 0] * 18,
+            index_topk=2048,
+            index_head_dim=128,
+            index_n_heads=32,
+            n_routed_experts=128,
+            num_experts_per_tok=4,
+            moe_intermediate_size=6144,
+            intermediate_size=24576,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+        )
+    },
     checkpoint="mistralai/Mistral-Large-4-1T-A52B",
 )

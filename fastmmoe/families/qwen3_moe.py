@@ -12,7 +12,7 @@ from fastmmoe.families.tiling import Tiling
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_QWEN3_30B_A3B = Architecture(
+_QWEN3_30B_A3B = Architecture.of(
     num_hidden_layers=48,
     hidden_size=2048,
     num_attention_heads=32,
@@ -21,7 +21,17 @@ _QWEN3_30B_A3B = Architecture(
     num_experts=128,
     num_experts_per_tok=8,
     moe_intermediate_size=768,
-    intermediate_size=6144,
+)
+
+_QWEN3_235B_A22B = Architecture.of(
+    num_hidden_layers=94,
+    hidden_size=4096,
+    num_attention_heads=64,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=1536,
 )
 
 
@@ -80,8 +90,7 @@ INTERNVL_QWEN3_MOE = Family(
         merge_ratio=0.025,
         official=True,
     ),
-    # the same language model
-    architectures={"internvl3.5-30b-a3b": _QWEN3_30B_A3B, "qwen3-vl-30b-a3b": _QWEN3_30B_A3B},
+    architectures={"internvl3.5-30b-a3b": _QWEN3_30B_A3B, "internvl3.5-241b-a28b": _QWEN3_235B_A22B},
     checkpoint="OpenGVLab/InternVL3_5-30B-A3B-HF",
     load_processor=load_internvl_processor,
     tilings=internvl_tilings,

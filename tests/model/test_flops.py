@@ -12,7 +12,6 @@ from transformers import (
     DeepseekV3Model,
     Glm4MoeConfig,
     Glm4MoeModel,
-    GptOssConfig,
     InternVLConfig,
     Qwen2MoeConfig,
     Qwen2MoeModel,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from fastmmoe.cost.flops import ARCHITECTURES, Architecture, flops
+from fastmmoe.families.architecture import Layer, Mixer, Mlp
 from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
 from fastmmoe.models.deepseek_vl2.text_model import DeepseekVLV2TextModel
@@ -152,16 +152,15 @@ MLA = dict(
 
 
 @pytest.mark.parametrize(
-    ("model", "config", "extra_per_moe_token"),
+    ("model", "config"),
     [
-        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6), 0),
-        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, mlp_only_layers=[1]), 0),
-        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, decoder_sparse_step=2), 0),
-        (Glm4MoeModel, tiny(Glm4MoeConfig, n_routed_experts=6, first_k_dense_replace=1, n_shared_experts=2), 0),
-        (DeepseekV3Model, tiny(DeepseekV3Config, **MLA, q_lora_rank=None), 0),
-        (DeepseekV3Model, tiny(DeepseekV3Config, **MLA, q_lora_rank=18), 0),
-        # its shared expert has a gate of its own, H -> 1, which the convention leaves out
-        (Qwen2MoeModel, tiny(Qwen2MoeConfig, num_experts=6, shared_expert_intermediate_size=28), 2 * 32),
+        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6)),
+        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, mlp_only_layers=[1])),
+        (Qwen3MoeModel, tiny(Qwen3MoeConfig, num_experts=6, decoder_sparse_step=2)),
+        (Glm4MoeModel, tiny(Glm4MoeConfig, n_routed_experts=6, first_k_dense_replace=1, n_shared_experts=2)),
+        (DeepseekV3Model, tiny(DeepseekV3Config, **MLA, q_lora_rank=None)),
+        (DeepseekV3Model, tiny(DeepseekV3Config, **MLA, q_lora_rank=18)),
+        (Qwen2MoeModel, tiny(Qwen2MoeConfig, num_experts=6, shared_expert_intermediate_size=28)),
     ],
     ids=[
         *("qwen3_moe", "mlp_only_layers", "decoder_sparse_step", "glm4_moe shared, first dense"),
@@ -169,11 +168,11 @@ MLA = dict(
     ],
 )
 @pytest.mark.parametrize("n", [1, 17])
-def test_dense_agrees_with_pytorchs_counter(model, config, extra_per_moe_token, n):
+def test_dense_agrees_with_pytorchs_counter(model, config, n):
     by_layer = counted(model(config).eval(), torch.arange(n)[None])
     report = flops(config, n, 0, FastMMoEConfig())
     for layer in report.per_layer:
-        expected = by_layer[f"layers.{layer.layer}"] - acausal(config, n) - n * extra_per_moe_token
+        expected = by_layer[f"layers.{layer.layer}"] - acausal(config, n)
         assert layer.dense == layer.reduced == expected
 
 
@@ -258,13 +257,58 @@ def test_defaults_of_a_config_without_the_optional_attributes():
         moe_intermediate_size=20, intermediate_size=44, mlp_layer_types=["dense", "sparse"],
     )
     architecture = Architecture.from_config(config)
-    assert architecture == Architecture(2, 32, 4, 4, 8, 6, 2, 20, 44, 0, frozenset({0}))
+    mixer = Mixer(weights=4 * 32 * 32, pair=2 * 32)
+    dense, moe = Mlp(weights=3 * 32 * 44), Mlp(weights=32 * 6, expert=3 * 32 * 20)
+    assert architecture == Architecture(32, 6, 2, (Layer(mixer, dense), Layer(mixer, moe)))
+    assert Architecture.of(**vars(config)) == architecture
+
+
+def seen_squares(n: int, window: int = 0, chunk: int = 0) -> int:
+    """The convention's count in place of `n * n`: twice the pairs that a mask allows, less the diagonal once, of which
+    with a window no more than the window."""
+    chunk, query = chunk or max(n, 1), torch.arange(n)
+    distance = query[:, None] - query
+    mask = (distance >= 0) & (distance < (window or n)) & (query[:, None] // chunk == query // chunk)
+    diagonal = sum(min(window or n, chunk, n - start) for start in range(0, n, chunk))
+    return 2 * int(mask.sum()) - diagonal
+
+
+@given(st.integers(0, 40), st.integers(0, 50), st.integers(0, 50))
+def test_windows_and_chunks(n, window, chunk):
+    assert Mixer(pair=3, window=window, chunk=chunk).flops(n) == 3 * seen_squares(n, window, chunk)
+    assert Mixer(pair=3).flops(n) == 3 * n * n
+
+
+def test_a_mixer_by_hand():
+    mixer = Mixer(weights=5, state=7, pair=3, index_pair=11, index_pool=4)
+    assert mixer.flops(10) == 2 * 10 * (5 + 7) + 100 * 3 + 10 * 2 * 11
+    assert Mixer(pair=3, window=4).flops(10) == 3 * (2 * 10 * 4 - 4 * 4)
+    assert Mixer(pair=3, chunk=4).flops(10) == 3 * (16 + 16 + 4)
+    assert mixer.flops(0) == 0
+
+
+def test_vision_tokens_have_experts_of_their_own():
+    layer = Layer(Mixer(weights=1), Mlp(weights=10, expert=100), Mlp(weights=10, expert=1000))
+    assert layer.flops(3, 5, 2, 4, 2) == 2 * (8 + 5 * 10 + 3 * 4 * 100 + 2 * 2 * 1000)
+
+
+def test_layers_of_every_kind_see_fewer_tokens_behind_a_prune_layer():
+    plan = FastMMoEConfig(prune_layers=(3,), retention=0.5)
+    architecture = ARCHITECTURES["qwen3.5-35b-a3b"]
+    report = flops(architecture, 10, 100, plan)
+    for i in (4, 7):  # linear and full attention
+        assert report.per_layer[i].reduced == architecture.layers[i].flops(10, 50, 50, 8, 8)
+        assert report.per_layer[i].dense == architecture.layers[i].flops(10, 100, 100, 8, 8)
+    # one linear layer by hand: q and k of 16 heads, v, z and o of 32, two numbers per head, a convolution of 4
+    weights = 2048 * (2 * 16 * 128 + 3 * 32 * 128 + 2 * 32) + 4 * (2 * 16 * 128 + 32 * 128)
+    moe = 2048 * 256 + 9 * 3 * 2048 * 512 + 2048
+    assert report.per_layer[4].dense == 2 * 110 * (weights + 3 * 32 * 128 * 128 + moe)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GptOssConfig(), "sliding_attention"),
+        (tiny(SimpleNamespace, num_experts=6, layer_types=["ring"] * 3), "has layers of type 'ring', which is not"),
         (Qwen3Config(), "no experts"),
         ("internvl3.5-8b", "unknown name 'internvl3.5-8b', expected one of internvl3.5-30b-a3b"),
     ],
