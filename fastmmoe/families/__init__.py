@@ -152,6 +152,8 @@ def find_preset(model_or_name: Any) -> tuple[Family, Any]:
             family = next((f for f in _PRESETS if f.text_type == kind), None)
         else:
             family = _family_under(config, getattr(text_config, "model_type", None))
+            if family is None:  # a dense one of a family that also has experts
+                family = next((f for f in _PRESETS if f.parent_type == kind), None)
         shown = f"a {type(model_or_name).__name__} of model type {kind!r}"
     if family is None or family.preset is None:
         supported = "; ".join(f.preset.supported for f in _PRESETS)

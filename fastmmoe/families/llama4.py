@@ -31,7 +31,7 @@ LLAMA4 = Family(
     logits=lambda output: output[1],
     expert_obstacle=lambda config: (
         "every token takes one expert already"
-        if config.num_experts_per_tok == 1
+        if getattr(config, "num_experts_per_tok", 1) == 1
         else "its experts run on every token, whatever the router says"
     ),
     preset=Preset(

@@ -48,5 +48,5 @@ MUSE_SPARK = Family(
             moe_intermediate_size=4096,
         )
     },
-    checkpoint="meta-llama/Muse-Spark-Open-816B-A42B",
+    checkpoint="Muse-Spark-Open-816B-A42B",
 )

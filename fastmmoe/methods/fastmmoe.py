@@ -97,7 +97,7 @@ class FastMMoEConfig(StagedConfig):
             )
 
         values: dict[str, Any] = {
-            "vision_top_k": None if top_k == 1 else top_k // 2,
+            "vision_top_k": None if family.expert_obstacle(text_config) else max(1, top_k // 2),
             "retention": retention,
             "alpha": row.alpha,
             "merge_ratio": row.merge_ratio,
@@ -106,7 +106,8 @@ class FastMMoEConfig(StagedConfig):
             is_scaled = text_config is not None and not row.official
             layers = family.preset_layers(text_config) if is_scaled else row.prune_layers
             if not layers and "prune_layers" not in overrides:
-                raise ValueError(f"retention={retention}: {family.title} cannot prune: {family.why_not_prune(text_config, 0)}")
+                reason = family.why_not_prune(text_config, 0)
+                raise ValueError(f"retention={retention}: {family.title} cannot prune: {reason}")
             values["prune_layers"] = layers
         config = cls(**(values | overrides))
         if text_config is not None:

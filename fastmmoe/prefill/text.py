@@ -212,7 +212,7 @@ class TextPatch(EntryPatch):
         others = sorted(set(layer_kinds(self.module.config)) - {FULL})
         if others:
             raise ValueError(
-                "attention_mask: expected 2D or causal where tokens are pruned and layers are of kind "
+                "attention_mask: expected 2D or causal where tokens are pruned and layers are of "
                 f"{', '.join(others)}, got 4D"
             )
 
@@ -221,8 +221,8 @@ class TextPatch(EntryPatch):
         others = sorted(set(layer_kinds(self.module.config)) - {FULL, SLIDING})
         if plan.stages and others:
             raise ValueError(
-                "input_ids: several samples in one row are not supported where tokens are pruned and layers are of kind "
-                f"{', '.join(others)}; expected a padded batch"
+                "input_ids: several samples in one row are not supported where tokens are pruned and layers are of "
+                f"kind {', '.join(others)}; expected a padded batch"
             )
 
     def _check_state(self, plan: Plan, state: CacheState, batch: int) -> None:

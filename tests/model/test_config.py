@@ -197,8 +197,8 @@ def test_preset_overrides():
 
 @pytest.mark.parametrize(
     "model",
-    ["internvl3.5-8b", "internvl3.5-gpt-oss-20b-a4b", "llava", "", Glm4MoeConfig(), object()],
-    ids=["dense size", "other K", "unknown", "empty", "other family", "no model"],
+    ["internvl3.5-8b", "internvl3.5-38b", "llava", "", Glm4MoeConfig(), object()],
+    ids=["dense size", "another dense size", "unknown", "empty", "other family", "no model"],
 )
 def test_preset_of_an_unknown_family(model):
     with pytest.raises(ValueError, match=r"no preset for .*InternVL3\.5.*DeepSeek-VL2"):
