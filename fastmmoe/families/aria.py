@@ -13,7 +13,6 @@ ARIA = Family(
     gate="router",
     routing_options=softmax_gate,
     gate_class="AriaTextTopKRouter",
-    expert_options=None,
     top_k="moe_topk",
     preset=Preset(
         supported="Aria (the name aria)",

@@ -47,10 +47,6 @@ PLACEHOLDERS = (*IMAGE_IDS, "video_token_id", "video_token_index")
 FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
-def _swiglu(experts: nn.Module) -> dict[str, Any]:
-    return {}
-
-
 def _linear(gate: nn.Module) -> dict[str, Any]:
     return {}
 
@@ -123,8 +119,7 @@ class Family:
             they are no linear function of its input.
         logits: a gate's output -> its logits, floating [T, E].
         gate_output: (gate, logits, a choice of experts) -> what the gate returns for it.
-        expert_options: experts -> the options of `moe_experts` under which that computes the same; None: there are
-            none, and the model's own experts run on one row per token and active expert.
+        plain_experts: class of experts outside of transformers' experts interface that follow its layout; or "".
         top_k: attribute of the text config with K, the experts per token.
         expert_obstacle: text config -> why vision tokens cannot take fewer experts; "" where they can.
         prunable_kinds: kinds of attention (`config.layer_types`) under which a token's last query sees every token in
@@ -170,7 +165,7 @@ class Family:
     linear: Callable[[nn.Module], dict[str, Any]] | None = _linear
     logits: Callable[[tuple], torch.Tensor] = _first
     gate_output: Callable[[nn.Module, torch.Tensor, RoutingOutput | GateOutput], tuple] = _logits_weights_ids
-    expert_options: Callable[[nn.Module], dict[str, Any]] | None = _swiglu
+    plain_experts: str = ""
     expert_obstacle: Callable[[Any], str] = _none
     top_k: str = "num_experts_per_tok"
     prunable_kinds: tuple[str, ...] = ("full_attention",)

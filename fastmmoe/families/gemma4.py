@@ -27,7 +27,6 @@ GEMMA4 = Family(
     linear=None,
     logits=lambda output: output[0].log(),
     gate_output=_scaled_by_expert,
-    expert_options=None,
     top_k="top_k_experts",
     prunable_kinds=(),
     prune_obstacle=lambda *_: "later layers see images both ways, by masks of the longer sequence",

@@ -22,7 +22,6 @@ GLM5_NEXT = Family(
     mixer_weights=_stream_weights,
     routing_options=grouped_sigmoid_gate,
     gate_class="Glm5NextTextTopkRouter",
-    expert_options=None,
     prunable_kinds=(),
     prune_obstacle=lambda *_: "its layers mix several residual streams, and all of them would have to be shortened",
     preset=Preset(

@@ -12,7 +12,6 @@ MINIMAX_M3_VL = Family(
     videos=True,
     routing_options=sigmoid_gate,
     gate_class="MiniMaxM3VLTopKRouter",
-    expert_options=None,
     prunable_kinds=("full_attention", "minimax_m3_sparse"),
     # the indexer's blocks are places in the cache
     positions="slot",

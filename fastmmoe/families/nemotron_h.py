@@ -19,7 +19,6 @@ NEMOTRON_H_OMNI = Family(
     moe="mixer",
     routing_options=grouped_sigmoid_gate,
     gate_class="NemotronHTopkRouter",
-    expert_options=None,
     prunable_kinds=(),
     prune_obstacle=lambda *_: "no layer holds both attention and experts",
     preset=Preset(

@@ -7,7 +7,6 @@ from torch import nn
 from fastmmoe.config import ReductionConfig
 from fastmmoe.families import Family
 from fastmmoe.methods.method import Pruning
-from fastmmoe.prefill.experts import check_experts
 from fastmmoe.prefill.patch import innermost
 from fastmmoe.prefill.sequence import Segment
 from fastmmoe_kernels.backend import resolve_backend
@@ -63,8 +62,6 @@ class Plan:
                 raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
-            if family.expert_options is not None and (options := family.expert_options(experts)) is not None:
-                check_experts(experts, options)
             if getattr(experts, "_is_expert_parallel", False):
                 raise ValueError("model: expert parallelism is not supported together with vision_top_k")
         return cls(config, config.pruning(), {layer: stage for stage, layer in enumerate(config.prune_layers)}, reduced)

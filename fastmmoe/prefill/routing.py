@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fastmmoe.families import Family
-from fastmmoe.prefill.experts import run_experts, run_pairs
+from fastmmoe.prefill.expert_form import expert_form
+from fastmmoe.prefill.experts import run_pairs
 from fastmmoe.prefill.patch import Patch, innermost
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
@@ -77,32 +78,38 @@ class GatePatch(Patch):
 
 
 class ExpertsPatch(Patch):
-    """Runs the chosen experts, and none in the slots that were left empty."""
+    """Runs the chosen experts, and none in the slots that were left empty.
 
-    __slots__ = ("_is_known",)
+    Attributes:
+        form: under which `moe_experts` computes what they do; None: the model's own run, one row per token and expert.
+    """
+
+    __slots__ = ("form", "_is_known")
     part = "experts"
 
     def put(self) -> None:
         super().put()
-        self._is_known = self.is_bare
+        plain_class = self.installation.family.plain_experts
+        try:
+            self.form = expert_form(self.module, plain_class) if self.is_bare else None
+        except ValueError:
+            self.form = None
+        # of the interface, or as transformers has it; something else may be put in the place of either
+        self._is_known = self.is_bare and (self.form is not None or hasattr(type(self.module).forward, "__wrapped__"))
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         forward = RUNNING.forward
         if forward is None or not _reduces_here(forward, self):
             return self.stock(hidden, ids, weights)
         forward.experts.append(self.number)
-        family = self.installation.family
-        options = None if family.expert_options is None else family.expert_options(self.module)
-        if options is None:
-            top_k = ids.shape[1]
-            if family.vision_only:
-                pairs = len(ids) * forward.plan.config.vision_top_k
-            else:
-                pairs = forward.active_pairs(top_k)
-            return run_pairs(self.stock, hidden, ids, weights, self.module.num_experts, pairs)
-        output = run_experts(self.module, hidden, ids, weights, forward.plan.config.backend, options)
+        if self.form is not None:
+            return self.form.run(self.module, hidden, ids, weights, forward.plan.config.backend)
+        num_experts, config = self.module.num_experts, forward.plan.config
+        is_flat = self.installation.family.vision_only
+        pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
+        output = run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)
         if not self._is_known:
-            self._check_output(output, self.stock(hidden, ids.clamp_max(len(self.module.down_proj) - 1), weights))
+            self._check_output(output, self.stock(hidden, ids.clamp_max(num_experts - 1).long(), weights))
         return output
 
     def _check_output(self, output: torch.Tensor, stock: torch.Tensor) -> None:

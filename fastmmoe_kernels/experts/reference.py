@@ -56,7 +56,7 @@ def moe_experts_reference(
             if gate_up_bias is not None:
                 gate_up = gate_up + gate_up_bias[e]
             act = act_buffer[:n]
-            _activate(gate_up, options, act)
+            activate(gate_up, options, act)
             y = _matmul(act, down_proj[e], product_buffer)
             if down_bias is not None:
                 y = y + down_bias[e]
@@ -67,7 +67,7 @@ def moe_experts_reference(
     return out.to(hidden.dtype)
 
 
-def _activate(gate_up: torch.Tensor, options: ExpertOptions, act: torch.Tensor) -> None:
+def activate(gate_up: torch.Tensor, options: ExpertOptions, act: torch.Tensor) -> None:
     """[B, n, N / B] to [n, I], in `act`; may write into `gate_up`."""
     if options.activation != "silu":  # which PyTorch rounds once
         gate_up = gate_up.float()

@@ -1,4 +1,4 @@
-"""Experts of other families: those that the kernels compute are computed, all others are refused by their class's name.
+"""Experts of other families: those that the kernels compute are computed; the others run themselves, pair by pair.
 
 Each module is built by itself, its config a plain namespace, and called through transformers' interface.
 """
@@ -29,14 +29,16 @@ COMPUTED = {
     "dots1": "Dots1Experts",
     "mixtral": "MixtralExperts",
     "olmoe": "OlmoeExperts",
-}
-REFUSED = {
-    "muse_spark": "MuseSparkExperts",  # a norm behind each expert
     "deepseek_v4": "DeepseekV4Experts",  # clamps before the activation
-    "step3p7": "Step3p7Experts",  # clamps after it, and does not ask the interface
     "minimax_m3_vl": "MiniMaxM3VLExperts",  # another activation, and no `act_fn`
     "glm5_next": "Glm5NextTextExperts",
     "gpt_oss": "GptOssExperts",  # biases, transposed, interleaved
+    "aria": "AriaExperts",
+}
+# by the kernels; the model's own then run pair by pair
+REFUSED = {
+    "muse_spark": "MuseSparkExperts",  # a norm behind each expert
+    "step3p7": "Step3p7Experts",  # clamps after it, and does not ask the interface
 }
 
 
@@ -45,6 +47,7 @@ def experts_of(family, name):
     config = SimpleNamespace(
         num_experts=E,
         num_local_experts=E,
+        moe_num_experts=E,
         n_routed_experts=E,
         num_experts_per_tok=K,
         hidden_size=H,
