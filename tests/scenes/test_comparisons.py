@@ -145,17 +145,16 @@ def test_windows_that_are_blocks_of_the_picture(block, regroup):
         vision[sample, width - behind - VISION_TOKENS : width - behind] = True
         valid[sample, width - behind - VISION_TOKENS - fronts[sample] :] = True
     layout, source = VisionLayout.from_mask(vision, valid), None
-    hidden = torch.randn(2, width, 1, generator=rng)
+    prompt = hidden = torch.randn(2, width, 1, generator=rng)
     pruning = config.pruning()
     first = pruning.read_prompt(lambda: hidden, layout, 0)
     by_hand = [{token: hidden[sample, 5 + token].item() for token in range(VISION_TOKENS)} for sample in range(2)]
     for stage, target in enumerate((60, 30)):
         seen = torch.rand(2, layout.width, generator=rng)
-        angles = torch.arange(layout.width).view(1, -1, 1) * 1.0
         pruned = pruning.prune(
             StageInput(
                 stage=stage, hidden=hidden, residual=-hidden, layout=layout, seen=seen, prompt=first, source=source,
-                gate_probs=lambda hidden: torch.ones(*hidden.shape[:2], 2), rope=(angles, -angles),
+                gate_probs=lambda hidden: torch.ones(*hidden.shape[:2], 2),
             )
         )  # fmt: skip
         for sample, values in enumerate(by_hand):
@@ -172,14 +171,12 @@ def test_windows_that_are_blocks_of_the_picture(block, regroup):
             torch.testing.assert_close(pruned.hidden[sample, is_vision, 0], torch.tensor(list(expected.values())))
             torch.testing.assert_close(pruned.residual, -pruned.hidden)
             assert pruned.layout.run_rank[sample, is_vision].tolist() == list(range(target))
-            # all of the rest stays, and every token keeps its own angles
+            # all of the rest stays, and every token knows where it stood
             others = pruned.valid[sample] & ~is_vision
             assert int(others.sum()) == fronts[sample] + behind
-            kept = pruned.valid[sample] & ~pruned.merged[sample]
-            origin = pruned.rope[0][sample, kept, 0].long()
-            assert (layout.width - origin).tolist() == sorted((layout.width - origin).tolist(), reverse=True)
-            torch.testing.assert_close(hidden[sample, origin, 0], pruned.hidden[sample, kept, 0])
-            torch.testing.assert_close(pruned.rope[1], -pruned.rope[0])
+            origin = pruned.index[sample, others]
+            assert origin.tolist() == sorted(origin.tolist())
+            torch.testing.assert_close(prompt[sample, origin, 0], pruned.hidden[sample, others, 0])
         hidden, layout, source = pruned.hidden, pruned.layout, pruned.index
 
 

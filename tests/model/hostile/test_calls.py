@@ -173,7 +173,8 @@ def test_a_replaced_forward_that_computes_something_else_is_refused(model, famil
 
     def changed(*args):
         output = forward(*args)
-        return (output[0], output[1] * 0.5, output[2]) if part == "gate" else output * 0.5
+        # beside what the experts make of each choice, something for the token
+        return (output[0], output[1] * 0.5, output[2]) if part == "gate" else output + 1.0
 
     module.forward = changed
     fastmmoe.enable(model, config_of("experts"))
@@ -182,6 +183,17 @@ def test_a_replaced_forward_that_computes_something_else_is_refused(model, famil
     module.forward = lambda *args: forward(*args)
     fastmmoe.enable(model, config_of("both"))
     assert torch.equal(logits_of(model, batch_of(family)), enabled_logits(family, "both"))
+
+
+def test_a_replaced_forward_of_experts_that_makes_something_else_of_them(model, family):
+    """It runs, on one row per token and expert."""
+    experts, plain = text_of(model).layers[3].mlp.experts, fresh(family)
+    text_of(plain).layers[3].mlp.experts.down_proj.data *= 0.5
+    forward = experts.forward
+    experts.forward = lambda *args: forward(*args) * 0.5
+    fastmmoe.enable(model, config_of("experts"))
+    fastmmoe.enable(plain, config_of("experts"))
+    close(logits_of(model, batch_of(family)), logits_of(plain, batch_of(family)))
 
 
 def test_samples_that_only_their_positions_tell_apart(model, family, config):
