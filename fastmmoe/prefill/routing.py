@@ -101,10 +101,10 @@ class ExpertsPatch(Patch):
         if forward is None or not _reduces_here(forward, self):
             return self.stock(hidden, ids, weights)
         forward.experts.append(self.number)
-        config, num_experts = forward.plan.config, self.module.num_experts
+        config = forward.plan.config
         if self._is_known and self.form is not None:
             return self.form.run(self.module, hidden, ids, weights, config.backend)
-        is_flat = self.installation.family.vision_only
+        num_experts, is_flat = self.module.num_experts, self.installation.family.vision_only
         pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
         if self._is_known:
             return run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)
