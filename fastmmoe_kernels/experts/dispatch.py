@@ -115,10 +115,10 @@ def place_pairs_kernel(
 
 @cache
 def dispatch_blocks(num_experts: int) -> dict[str, int]:
-    """Block sizes: about 8,192 numbers per two-dimensional block."""
+    """Block sizes: about 8,192 numbers per two-dimensional block, and no more pairs than registers can hold."""
     block_e = triton.next_power_of_2(num_experts)
     side = max(1, 8192 // block_e)
-    return {"BLOCK_P": min(side, 1024), "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
+    return {"BLOCK_P": min(side, 128), "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
 
 
 def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatch:

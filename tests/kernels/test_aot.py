@@ -98,7 +98,7 @@ def test_judgement(variant, target, change, problem):
     assert problem is None or problem in problems[0]
 
 
-BAD_KERNELS = """
+BAD_KERNELS = '''
 import triton
 import triton.language as tl
 
@@ -129,7 +129,7 @@ def aot_variants():
         variant(16, 64, 64),  # too few rows for wgmma
         KernelVariant(matmul_kernel, {}, {"M": 1, "N": 1, "K": 1}),
     ]
-"""
+'''
 
 
 def test_bad_kernels_fail_in_a_real_compilation(tmp_path):
