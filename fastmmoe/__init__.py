@@ -6,10 +6,12 @@ from fastmmoe.enable import disable, enable, enabled, fixed_layout
 from fastmmoe.methods import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
 from fastmmoe.prefill.packing import pack_batch
 from fastmmoe.report import PrefillReport, StageReport, report
+from fastmmoe.support import FamilySupport, families
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FamilySupport",
     "FastMMoEConfig",
     "FastVConfig",
     "FlopsReport",
@@ -21,6 +23,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "families",
     "fixed_layout",
     "flops",
     "pack_batch",

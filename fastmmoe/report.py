@@ -43,6 +43,8 @@ class PrefillReport:
         n_text, n_vision: tokens of the prompt, per sample.
         tokens_per_layer: per layer and sample, the tokens in that layer's MoE (or MLP).
         stages: one per prune layer.
+        own_experts: layers whose vision tokens take fewer experts, and whose experts are the model's own, on one row per
+            token and expert, because the kernel does not know them.
         flops: FLOPs of the language model's prefill over the whole batch.
         skipped: the stock model ran, with fewer vision tokens than the config's `min_vision_tokens`.
     """
@@ -52,6 +54,7 @@ class PrefillReport:
     tokens_per_layer: tuple[tuple[int, ...], ...]
     stages: tuple[StageReport, ...]
     flops: FlopsReport
+    own_experts: tuple[int, ...] = ()
     skipped: bool = False
 
     def to_dict(self) -> dict:
@@ -62,6 +65,7 @@ class PrefillReport:
             "n_vision": list(self.n_vision),
             "tokens_per_layer": [list(tokens) for tokens in self.tokens_per_layer],
             "stages": stages,
+            "own_experts": list(self.own_experts),
             "flops": {"dense": self.flops.dense, "reduced": self.flops.reduced, "saved": self.flops.saved},
             "skipped": self.skipped,
         }
@@ -78,6 +82,8 @@ class PrefillReport:
             "tokens per layer: " + " ".join(str(sum(tokens)) for tokens in self.tokens_per_layer),
             f"language model FLOPs: {f.dense:.4g} dense, {f.reduced:.4g} now, {f.saved:.1%} saved",
         ]
+        if self.own_experts:
+            lines.append(f"the model's own experts, a row per token and expert, at {len(self.own_experts)} layers")
         if self.skipped:
             lines.append("skipped: fewer vision tokens than min_vision_tokens, the stock model ran")
         return "\n".join(lines)
@@ -118,6 +124,7 @@ def report(model: nn.Module) -> PrefillReport:
             config,
             vision_left=[segment.layout.n_vision for segment in segments[1:]],
         ),
+        own_experts=installation_of(model).own_experts(plan),
         skipped=plan.skipped,
     )
 

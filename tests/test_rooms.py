@@ -37,6 +37,7 @@ ROOMS = (
     "fastmmoe.cost",
     "fastmmoe.enable",
     "fastmmoe.report",
+    "fastmmoe.support",
     "fastmmoe",  # the public names; what imports them stands on all of the above
     "fastmmoe.scenes",
     "fastmmoe.study",

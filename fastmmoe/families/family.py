@@ -121,6 +121,7 @@ class Family:
         gate_output: (gate, logits, a choice of experts) -> what the gate returns for it.
         plain_experts: class of experts outside of transformers' experts interface that follow its layout; or "".
         top_k: attribute of the text config with K, the experts per token.
+        own_experts: `moe_experts` does not know them: the model's own run, on one row per token and active expert.
         expert_obstacle: text config -> why vision tokens cannot take fewer experts; "" where they can.
         prunable_kinds: kinds of attention (`config.layer_types`) under which a token's last query sees every token in
             front of it that could matter, so that its attention ranks them.
@@ -166,6 +167,7 @@ class Family:
     logits: Callable[[tuple], torch.Tensor] = _first
     gate_output: Callable[[nn.Module, torch.Tensor, RoutingOutput | GateOutput], tuple] = _logits_weights_ids
     plain_experts: str = ""
+    own_experts: bool = False
     expert_obstacle: Callable[[Any], str] = _none
     top_k: str = "num_experts_per_tok"
     prunable_kinds: tuple[str, ...] = ("full_attention",)

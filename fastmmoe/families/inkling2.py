@@ -30,6 +30,7 @@ INKLING2 = Family(
     mixer_weights=_mixer_weights,
     routing_options=sigmoid_gate,
     gate_class="Inkling2TopKRouter",
+    own_experts=True,
     prunable_kinds=(),
     prune_obstacle=lambda *_: (
         "its residuals are made of the states of earlier blocks of layers, and all of them would have to be shortened"

@@ -24,6 +24,7 @@ MUSE_SPARK = Family(
     routing_options=sigmoid_gate,
     gate_class="MuseSparkTopkRouter",
     linear=lambda gate: {"logit_scale": float(gate.output_multiplier)},
+    own_experts=True,
     combine=_combine,
     preset=Preset(
         supported="Muse-Spark (the name muse-spark-open-816b-a42b)",

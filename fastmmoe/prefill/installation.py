@@ -172,6 +172,11 @@ class Installation:
                 yield GatePatch, innermost(family.gate_of(layer)), number
                 yield ExpertsPatch, innermost(family.experts_of(layer)), number
 
+    def own_experts(self, plan: Plan) -> tuple[int, ...]:
+        """The layers whose experts a plan does not run by `moe_experts`, which does not know them."""
+        patches = (self._patches.get((kind, id(module))) for kind, module, _ in self._points(plan))
+        return tuple(p.number for p in patches if isinstance(p, ExpertsPatch) and p.form is None)
+
     def check(self, plan: Plan) -> None:
         """Refuse to run a plan on modules that are no longer those it was made for.
 

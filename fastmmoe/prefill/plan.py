@@ -62,6 +62,8 @@ class Plan:
                 raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
+            if any(hasattr(weight, "device_mesh") for weight in experts.parameters()):
+                raise ValueError("model: sharded experts are not supported together with vision_top_k")
             if getattr(experts, "_is_expert_parallel", False):
                 raise ValueError("model: expert parallelism is not supported together with vision_top_k")
         return cls(config, config.pruning(), {layer: stage for stage, layer in enumerate(config.prune_layers)}, reduced)

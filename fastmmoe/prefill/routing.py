@@ -44,15 +44,16 @@ class GatePatch(Patch):
             backend=config.backend,
             **family.routing_options(gate, *args),
         )
-        forward.gates.append(self.number)
         if self.is_bare and is_linear(gate, hidden, family):
             flat = hidden.reshape(-1, hidden.shape[-1])
             routing = gate_routing(flat, gate.weight, **family.linear(gate), **options)
+            forward.gates[self.number] = routing.logits.shape[-1]
             return family.gate_output(gate, routing.logits, routing)
         output = self.stock(hidden, *args)
         logits = family.logits(output)
         if not self._is_known:
             self._check_choice(logits, *output[1:3])
+        forward.gates[self.number] = logits.shape[-1]
         return family.gate_output(gate, logits, topk_routing(logits, **options))
 
     def _check_choice(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
@@ -104,7 +105,7 @@ class ExpertsPatch(Patch):
         config = forward.plan.config
         if self._is_known and self.form is not None:
             return self.form.run(self.module, hidden, ids, weights, config.backend)
-        num_experts, is_flat = self.module.num_experts, self.installation.family.vision_only
+        num_experts, is_flat = forward.gates[self.number], self.installation.family.vision_only
         pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
         if self._is_known:
             return run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)

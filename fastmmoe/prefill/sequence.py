@@ -97,7 +97,8 @@ class ForwardPass:
         injects_from: the first layer behind which it is added here; before, the stock model adds it.
         stage: the prune layer under way, if it has tokens to prune.
         probing: a gate is asked for its probabilities: it does not choose experts.
-        gates, experts: layers whose gate gave vision tokens fewer experts, and whose experts ran on that choice.
+        gates: layers whose gate gave vision tokens fewer experts, and how many experts each has.
+        experts: layers whose experts ran on that choice.
     """
 
     installation: "Installation"
@@ -114,7 +115,7 @@ class ForwardPass:
     injects_from: int = 0
     stage: Stage | None = None
     probing: bool = False
-    gates: list[int] = field(default_factory=list)
+    gates: dict[int, int] = field(default_factory=dict)
     experts: list[int] = field(default_factory=list)
     _memo: dict = field(default_factory=dict)
 

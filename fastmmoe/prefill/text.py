@@ -183,7 +183,7 @@ class TextPatch(EntryPatch):
         if forward.has_vision:
             done = {
                 "prune layers": (len(forward.segments) - 1, len(plan.stages)),
-                "gates": (len(set(forward.gates)), len(plan.reduced)),
+                "gates": (len(forward.gates), len(plan.reduced)),
                 "experts": (len(set(forward.experts)), len(plan.reduced)),
             }
             if any(ran != wanted for ran, wanted in done.values()):
