@@ -43,8 +43,8 @@ class PrefillReport:
         n_text, n_vision: tokens of the prompt, per sample.
         tokens_per_layer: per layer and sample, the tokens in that layer's MoE (or MLP).
         stages: one per prune layer.
-        own_experts: layers whose vision tokens take fewer experts, and whose experts are the model's own, on one row per
-            token and expert, because the kernel does not know them.
+        own_experts: layers whose vision tokens take fewer experts, and where the model's own run, on one row per token
+            and expert: the kernel does not know them.
         flops: FLOPs of the language model's prefill over the whole batch.
         skipped: the stock model ran, with fewer vision tokens than the config's `min_vision_tokens`.
     """

@@ -21,7 +21,7 @@ class Finding:
     """One line of the doctor's table.
 
     Attributes:
-        group: "software", "device", "attention", "backend" or "extras".
+        group: "software", "device", "attention", "backend", "extras" or "models".
         name: what was looked for.
         found: what there is, in words.
         ok: False if FastMMoE does less, or is slower, without it.
@@ -37,7 +37,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at this machine; touches no device beyond asking what it is."""
-    return [*_software(), *_device(), *_attention(), _backend(), *_extras()]
+    return [*_software(), *_device(), *_attention(), _backend(), *_extras(), *_models()]
 
 
 def _version(distribution: str) -> str | None:
@@ -122,4 +122,14 @@ def _extras() -> list[Finding]:
                 advice=f"pip install 'fastmmoe[{extra}]'" if missing else "",
             )
         )
+    return findings
+
+
+def _models() -> list[Finding]:
+    findings = []
+    for row in fastmmoe.families():
+        experts = f"fewer experts, by {row.experts_note}" if row.experts else "all experts"
+        pruning = "pruned" if row.preset_layers else "not pruned"
+        is_refused = not row.experts and not row.preset_layers
+        findings.append(Finding("models", row.title, "refused" if is_refused else f"{experts}; {pruning}"))
     return findings

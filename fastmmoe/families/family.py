@@ -194,6 +194,7 @@ class Family:
             videos=False,
             vision_mask=None,
             checkpoint="",
+            preset=None if self.preset is None else replace(self.preset, official=False),
             load_processor=None,
             tilings=None,
             port="",

@@ -105,6 +105,8 @@ class ExpertsPatch(Patch):
         config = forward.plan.config
         if self._is_known and self.form is not None:
             return self.form.run(self.module, hidden, ids, weights, config.backend)
+        if self.number not in forward.gates:
+            return self.stock(hidden, ids, weights)  # the gate chose for other tokens than the forward's
         num_experts, is_flat = forward.gates[self.number], self.installation.family.vision_only
         pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
         if self._is_known:

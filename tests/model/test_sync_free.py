@@ -3,6 +3,8 @@
 Tensors on the meta device have no values. A language model that runs there cannot have read one.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +16,7 @@ from fastmmoe.families import find_text_model
 from fastmmoe.methods import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
 from fastmmoe_kernels import VisionLayout
 
+from .families import LOOPS, padded, samples
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_vl2
 
@@ -104,6 +107,24 @@ def test_a_padded_prefill_reads_the_layout_and_nothing_else(config, padding_side
         model(**batch)
     assert enabled.found == stock.found
     assert fastmmoe.report(model).n_vision == (16, 32)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_prefill_of_any_family_reads_no_more_than_the_stock_model(name, monkeypatch):
+    model, alone = samples(name)
+    batch, loop = padded(alone), LOOPS[name]
+    with torch.no_grad(), Reads() as stock:
+        model(**batch)
+    vision = torch.isin(batch["input_ids"], torch.tensor(loop.placeholders))
+    layout = VisionLayout.from_mask(vision, batch["attention_mask"])
+    experts = dict(vision_top_k=2, reduction_layer=1) if loop.experts else {}
+    prune = dict(prune_layers=loop.prune_layers, retention=0.5, merge_ratio=0.3) if loop.prune_layers else {}
+    fastmmoe.enable(model, FastMMoEConfig(**experts, **prune))
+    # this one read is allowed, and does not count
+    monkeypatch.setattr(VisionLayout, "from_mask", staticmethod(lambda *masks: layout))
+    with torch.no_grad(), Reads() as enabled:
+        model(**batch)
+    assert not Counter(enabled.found) - Counter(stock.found)
 
 
 def test_reads_are_found():
