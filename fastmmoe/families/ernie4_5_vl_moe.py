@@ -18,8 +18,8 @@ ERNIE4_5_VL_MOE = Family(
     linear=None,
     per_token=("moe_mm_token_type_ids",),
     preset=Preset(
-        supported="ERNIE-4.5-VL (the names ernie-4.5-vl-28b-a3b, ernie-4.5-vl-424b-a47b)",
-        names=r"ernie-4\.5-vl-(28b-a3b|424b-a47b)(-.*)?",
+        supported="ERNIE-4.5-VL (a model or config; the name ernie-4.5-vl-28b-a3b)",
+        names=r"ernie-4\.5-vl-28b-a3b(-.*)?",
         num_experts_per_tok=6,
         prune_layers=(3, 5, 7),
     ),

@@ -14,8 +14,8 @@ QWEN3_VL_MOE = Family(
     gate_class="Qwen3VLMoeTextTopKRouter",
     injected=("visual_pos_masks", "deepstack_visual_embeds"),
     preset=Preset(
-        supported="Qwen3-VL-MoE (the names qwen3-vl-30b-a3b, qwen3-vl-235b-a22b)",
-        names=r"qwen3-vl-(30b-a3b|235b-a22b)(-.*)?",
+        supported="Qwen3-VL-MoE (a model or config; the name qwen3-vl-30b-a3b)",
+        names=r"qwen3-vl-30b-a3b(-.*)?",
         num_experts_per_tok=8,
         prune_layers=(5, 8, 12),
     ),
