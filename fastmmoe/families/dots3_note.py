@@ -2,6 +2,7 @@
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 DOTS3_NOTE = Family(
     title="dots3-note",
@@ -19,4 +20,5 @@ DOTS3_NOTE = Family(
         prune_layers=(5, 9, 13),
     ),
     checkpoint="rednote-hilab/dots3-note-prev",
+    tilings=grid_tilings,
 )

@@ -2,6 +2,7 @@
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.tiling import grid_tilings
 
 ERNIE4_5_VL_MOE = Family(
     title="ERNIE-4.5-VL",
@@ -23,4 +24,5 @@ ERNIE4_5_VL_MOE = Family(
         prune_layers=(3, 5, 7),
     ),
     checkpoint="baidu/ERNIE-4.5-VL-28B-A3B-PT",
+    tilings=grid_tilings,
 )

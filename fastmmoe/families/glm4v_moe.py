@@ -2,6 +2,7 @@
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 GLM4V_MOE = Family(
     title="GLM-4.5V",
@@ -19,4 +20,5 @@ GLM4V_MOE = Family(
         prune_layers=(5, 8, 12),
     ),
     checkpoint="zai-org/GLM-4.5V",
+    tilings=grid_tilings,
 )

@@ -2,6 +2,7 @@
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 MINIMAX_M3_VL = Family(
     title="MiniMax-M3",
@@ -22,4 +23,5 @@ MINIMAX_M3_VL = Family(
         prune_layers=(6, 10, 15),
     ),
     checkpoint="MiniMaxAI/MiniMax-M3",
+    tilings=grid_tilings,
 )

@@ -2,6 +2,7 @@
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_softmax_gate
+from fastmmoe.families.tiling import pixel_tilings
 
 MISTRAL3_MISTRAL4 = Family(
     title="Mistral-Small-4",
@@ -19,4 +20,5 @@ MISTRAL3_MISTRAL4 = Family(
         prune_layers=(4, 6, 9),
     ),
     checkpoint="mistralai/Mistral-Small-4-119B-2603",
+    tilings=pixel_tilings,
 )

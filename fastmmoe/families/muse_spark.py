@@ -5,6 +5,7 @@ from torch import nn
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 
 def _combine(layer: nn.Module, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -31,4 +32,5 @@ MUSE_SPARK = Family(
         prune_layers=(7, 11, 15),
     ),
     checkpoint="meta-llama/Muse-Spark-Open-816B-A42B",
+    tilings=grid_tilings,
 )

@@ -2,6 +2,7 @@
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.tiling import grid_tilings
 
 QWEN3_5_MOE = Family(
     title="Qwen3.5-MoE",
@@ -18,4 +19,5 @@ QWEN3_5_MOE = Family(
         prune_layers=(7, 11, 15),
     ),
     checkpoint="Qwen/Qwen3.5-35B-A3B",
+    tilings=grid_tilings,
 )

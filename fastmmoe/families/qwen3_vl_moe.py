@@ -2,6 +2,7 @@
 
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.tiling import grid_tilings
 
 QWEN3_VL_MOE = Family(
     title="Qwen3-VL-MoE",
@@ -19,4 +20,5 @@ QWEN3_VL_MOE = Family(
         prune_layers=(5, 8, 12),
     ),
     checkpoint="Qwen/Qwen3-VL-30B-A3B-Instruct",
+    tilings=grid_tilings,
 )
