@@ -76,7 +76,7 @@ def load_deepseek_processor(checkpoint: str) -> Any:
 
 
 def _tilings(config: Any, processor: Any, images: Sequence[Any], inputs: Mapping[str, Any]) -> list[Tiling]:
-    """A global view and local tiles, with borders around the picture; a token ends each row, and one each first view."""
+    """A global view and local tiles, with borders around the picture; tokens end each row and the first view."""
     from fastmmoe.models.deepseek_vl2.image_tokens import tokens_per_side
 
     settings, made = processor.image_processor, []

@@ -49,9 +49,18 @@ def load_processor(checkpoint: str) -> Any:
         raise _needs_torchvision(checkpoint) from error
 
 
-def has_videos(processor: Any) -> bool:
-    """Whether the processor prepares videos."""
-    return getattr(processor, VIDEO_PART, None) is not None
+def check_videos_of(config: Any, processor: Any) -> None:
+    """Check that a model with this config takes videos here.
+
+    Raises:
+        ValueError: it does not, or not with this package.
+        ImportError: its processor needs torchvision for them.
+    """
+    family = _family_of(config)
+    if family is None or not family.videos:
+        raise ValueError(f"videos: {config.model_type} takes none here, expected images")
+    if getattr(processor, VIDEO_PART, None) is None:
+        raise _needs_torchvision("videos")
 
 
 def tilings(model_config: Any, processor: Any, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Tiling]:

@@ -32,9 +32,7 @@ def load_internvl_processor(checkpoint: str) -> Any:
     return InternVLProcessor.from_pretrained(checkpoint)
 
 
-def internvl_tilings(
-    config: Any, processor: Any, images: Sequence[Image], inputs: Mapping[str, Any]
-) -> list[Tiling]:
+def internvl_tilings(config: Any, processor: Any, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Tiling]:
     """How an InternVL processor, called with its own settings, cuts each of the images."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 

@@ -80,7 +80,7 @@ def encode(model: PreTrainedModel, processor: Any, examples: Iterable[Example]) 
     prompts = []
     for example in examples:
         inputs = build_inputs(model, processor, [example.open_image()], example.question)
-        vision = family.vision_mask(parent, inputs)
+        vision = family.find_vision(parent, inputs)
         if vision is None or not vision.any():
             raise ValueError(f"processor: {type(processor).__name__} made no vision tokens of a picture")
         known = features.get(example.image) if isinstance(example.image, Path) else None
