@@ -43,8 +43,9 @@ def load_processor(checkpoint: str) -> Any:
         return family.load_processor(checkpoint)
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(checkpoint)
+    processor_class = images_only(_processor_class(checkpoint, config))
     try:
-        return images_only(_processor_class(checkpoint, config)).from_pretrained(checkpoint)
+        return processor_class.from_pretrained(checkpoint)
     except (ImportError, OSError, ValueError) as error:
         raise _needs_torchvision(checkpoint) from error
 
@@ -104,7 +105,7 @@ def _processor_class(checkpoint: str, config: Any) -> type[ProcessorMixin]:
             return found
     if type(config) in PROCESSOR_MAPPING:
         return PROCESSOR_MAPPING[type(config)]
-    raise ValueError(f"{checkpoint}: names no class of processor")
+    raise ValueError(f"{checkpoint}: names no processor, and transformers knows none for a {config.model_type} model")
 
 
 def _needs_torchvision(what: str) -> ImportError:
