@@ -1,6 +1,7 @@
 """The command line, end to end: figures that add up, pictures that open, and one clear line for bad input."""
 
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -232,6 +233,10 @@ def test_doctor_names_this_machine():
     if not has_gpu:
         assert not findings["GPU"]["ok"] and "install" in findings["GPU"]["advice"]
     assert findings["cli"]["found"] == "installed"
+    for name, module in (("torchvision", "torchvision"), ("PyAV", "av")):
+        is_there = importlib.util.find_spec(module) is not None
+        assert (findings[name]["found"] != "not installed") == is_there
+        assert bool(findings[name]["advice"]) != is_there and "for video" in (findings[name]["advice"] or "for video")
     assert torch.__version__ in succeed("doctor")
 
 
