@@ -215,10 +215,40 @@ CHECKPOINTS = {
             "size": {"max_height": 512, "max_width": 512},
         },
     ),
+    "mistral3_mistral4": Checkpoint(
+        special=("</s>", "<s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<pad>"),
+        ids={"image_token_index": "[IMG]"},
+        template=turns(
+            before="{{- '<s>' -}}",
+            start="{{- '[INST]' if message.role == 'user' else '' -}}",
+            end="{{- '[/INST]' if message.role == 'user' else '</s>' -}}",
+            image="{{- '[IMG]' -}}",
+            video="",
+        ),
+        image=NORMAL
+        | {
+            "image_processor_type": "PixtralImageProcessorFast",
+            "processor_class": "PixtralProcessor",
+            "do_resize": True,
+            "do_normalize": True,
+            "patch_size": 4,
+            "size": {"longest_edge": 64},
+        },
+        processor={
+            "processor_class": "PixtralProcessor",
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "image_token": "[IMG]",
+            "image_break_token": "[IMG_BREAK]",
+            "image_end_token": "[IMG_END]",
+        },
+        layers=6,
+    ),
 }  # fmt: skip
+CHECKPOINTS["qwen3_5_moe"] = CHECKPOINTS["qwen3_vl_moe"]  # the same files
 
-# their processors' classes for pictures exist for torchvision alone
-NEED_TORCHVISION = ("kimi_k25",)
+# their processors, or the classes for pictures in them, ask for torchvision
+NEED_TORCHVISION = ("kimi_k25", "mistral3_mistral4")
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> nn.Module:
