@@ -47,6 +47,8 @@ def load_processor(checkpoint: str) -> Any:
     try:
         return processor_class.from_pretrained(checkpoint)
     except (ImportError, OSError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
         raise _needs_torchvision(checkpoint) from error
 
 
