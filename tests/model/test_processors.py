@@ -116,7 +116,7 @@ def test_a_processor_that_needs_torchvision_says_so(checkpoint, name):
 def test_a_directory_without_a_processor_says_so(checkpoint, tmp_path):
     config = (checkpoint("qwen3_vl_moe") / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises((OSError, ValueError, ImportError), match=str(tmp_path)):
+    with pytest.raises(OSError, match=str(tmp_path)):
         load_processor(str(tmp_path))
 
 
