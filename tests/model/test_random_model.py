@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
-from transformers.utils import is_torchvision_available
 
 from fastmmoe.cli.bench import PROMPT, cat_photograph
 from fastmmoe.families.chat import build_inputs
