@@ -10,7 +10,7 @@ from rich.markup import escape
 
 import fastmmoe
 from fastmmoe.cli.compare import Comparison, compare
-from fastmmoe.cli.console import console, print_json, progress, refusing
+from fastmmoe.cli.console import console, fail, print_json, progress, refusing
 from fastmmoe.cli.tables import cost_table, stage_table, token_table
 from fastmmoe.families.chat import build_inputs
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
+    from fastmmoe.families.videos import Video
     from fastmmoe.methods import FastMMoEConfig
 
 
@@ -29,21 +30,32 @@ def ask(
     config: FastMMoEConfig,
     max_new_tokens: int,
     output: Path | None,
+    videos: Sequence[Video] = (),
 ) -> Comparison:
-    """Refuse everything that can be refused, ask both ways, and draw the picture if one is wanted."""
+    """Refuse everything that can be refused, ask both ways, and draw the picture if one is wanted.
+
+    Raises:
+        typer.Exit: what is asked for cannot be done; it is said why.
+    """
     with refusing(ValueError, TypeError):
         # an unsupported model or a layer it does not have, before any work is done
         with fastmmoe.enabled(model, config):
             pass
+        inputs = build_inputs(model, processor, images, prompt, videos)
         if output:
             from fastmmoe.cli.picture import draw_fate
             from fastmmoe.families import processors
 
-            tilings = processors.tilings(model.config, processor, images)
-    inputs = build_inputs(model, processor, images, prompt)
+            tilings = processors.tilings(model.config, processor, images, inputs)
     runs = 5 if model.device.type == "cuda" else 3
     with progress("", total=2 + runs) as step:
-        result = compare(model, processor, inputs, config, max_new_tokens=max_new_tokens, runs=runs, step=step)
+        try:
+            result = compare(model, processor, inputs, config, max_new_tokens=max_new_tokens, runs=runs, step=step)
+        except (RuntimeError, ValueError) as error:
+            if not videos:
+                raise
+            # not every model takes images beside a video, or any number of frames
+            fail(f"--video: {type(model).__name__} refuses this prompt: {str(error).splitlines()[0]}")
     if output and result.report.stages:
         draw_fate(output, images, tilings, result.report)
     return result

@@ -60,7 +60,7 @@ def demo(
     drawn = None
     if report.stages:
         drawn = str(output)
-        draw_fate(output, [picture], tilings(model.config, processor, [picture]), report)
+        draw_fate(output, [picture], tilings(model.config, processor, [picture], inputs), report)
     if json:
         rows = [
             {"question": text, "right": answers.get(text), "dense": result.dense_answer, "fastmmoe": result.fast_answer}

@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 import fastmmoe
 from fastmmoe.cli.extras import EXTRAS, missing_of
-from fastmmoe.families import FAMILIES
+from fastmmoe.cli.videos import DECODER
 from fastmmoe_kernels.backend import resolve_backend
 
 
@@ -48,10 +48,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _software() -> list[Finding]:
-    # torchvision must match torch's build, and a port's processor never asks for it
-    without = dict.fromkeys(family.title for family in FAMILIES if family.load_processor and not family.port)
-    advice = f"{', '.join(without)} {'does' if len(without) == 1 else 'do'} without; for other families' processors: "
-    torchvision = _version("torchvision")
+    torchvision, decoder = _version("torchvision"), _version(DECODER)
+    # torchvision must match torch's build
+    advice = "for videos, and for the pictures of some families: https://pytorch.org/get-started"
     return [
         Finding("software", "fastmmoe", fastmmoe.__version__),
         Finding("software", "Python", platform.python_version()),
@@ -61,7 +60,13 @@ def _software() -> list[Finding]:
             "software",
             "torchvision",
             torchvision or "not installed",
-            advice="" if torchvision else f"{advice}https://pytorch.org/get-started",
+            advice="" if torchvision else advice,
+        ),
+        Finding(
+            "software",
+            "PyAV",
+            decoder or "not installed",
+            advice="" if decoder else f"for video files other than animated GIF, WebP and PNG: pip install {DECODER}",
         ),
     ]
 

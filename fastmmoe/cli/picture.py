@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastmmoe.families import Tiling
+from fastmmoe.families.tiling import Box
 from fastmmoe.report import DROPPED, KEPT, MERGED, PrefillReport
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ MARGIN, GAP, TITLE, LEGEND, HEADING = 0.25, 0.3, 0.55, 0.5, 0.55
 MAX_HEIGHT = 6.0  # of one photograph
 THUMBNAIL, SPACE = 0.24, 0.08  # the thumbnail's share of a panel's width, and what lies between it and the tiles
 
+BORDER = "0.85"  # what a processor puts around a photograph
 BLUE = (0.16, 0.52, 1.0)
 # by StageReport.fate: red, green, blue, opacity over the photograph
 TINTS = np.array([(0, 0, 0, 0), (*BLUE, 0.45), (0.05, 0.05, 0.08, 0.72), (0.05, 0.05, 0.08, 0.9)])
@@ -35,7 +37,7 @@ def draw_fate(
     Args:
         path: the file to write.
         images: the sample's images in the order of the prompt.
-        tilings: how each was cut, see `fastmmoe.families.tilings`.
+        tilings: where the tokens of each lie, see `fastmmoe.families.processors.tilings`.
         report: the prefill's report; its stages' `fate` holds one value per vision token of the prompt.
         sample: which sample of the batch.
 
@@ -54,7 +56,7 @@ def draw_fate(
     # one row of panels holds at most two: the photograph, then the stages
     columns = min(2, 1 + len(report.stages))
     panel = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
-    shapes = [_shape(image, panel, tiling.has_thumbnail) for image, tiling in zip(images, tilings, strict=True)]
+    shapes = [_shape(image, panel, tiling) for image, tiling in zip(images, tilings, strict=True)]
     rows = -(-(1 + len(report.stages)) // columns)
     height = HEADING + LEGEND + rows * sum(h + TITLE for _, h in shapes)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
@@ -75,21 +77,22 @@ def draw_fate(
             y = top + number // columns * (image_height + TITLE) + TITLE
             grids = (None, None) if fate is None else tiling.grids(fate[index])
             ax = axes(left, y, width, image_height)
-            _draw(ax, shown, grids[0], tiling.rows, tiling.columns, tiling.side)
+            _draw(ax, shown, grids[0], tiling.image.shape, tiling.covered, tiling.tiles)
             if fate is None:
                 name = f"image {index + 1}" if len(images) > 1 else "photograph"
-                detail = f"{tiling.n_tokens:,} vision tokens, {tiling.rows} x {tiling.columns} tiles"
-                detail += " and a thumbnail" if tiling.has_thumbnail else ""
+                detail = f"{tiling.n_tokens:,} vision tokens, {_cut(tiling)}"
             else:
                 stage = report.stages[number - 1]
                 name = f"layer {stage.layer}"
                 detail = _counts(fate[index], stage.merged[sample] if len(images) == 1 else None)
             ax.annotate(name, (0, 1), (0, 18), **above, weight="bold", size=11)
             ax.annotate(detail, (0, 1), (0, 5), **above, size=9.5)
-            if tiling.has_thumbnail:
+            if tiling.thumbnail is not None:
                 small = panel * THUMBNAIL
-                ax = axes(left + width + SPACE, y, small, small * image.height / image.width)
-                _draw(ax, shown, grids[1], 1, 1, tiling.side)
+                aspect = _aspect(image, tiling.thumbnail_covered)
+                # no higher than the panel
+                ax = axes(left + width + SPACE, y, min(small, image_height * aspect), min(small / aspect, image_height))
+                _draw(ax, shown, grids[1], tiling.thumbnail.shape, tiling.thumbnail_covered)
                 ax.annotate("thumbnail", (0, 1), (0, 5), **above, size=9.5)
         top += rows * (image_height + TITLE)
 
@@ -109,23 +112,54 @@ def draw_fate(
     figure.savefig(path)
 
 
-def _shape(image: Image, panel: float, has_thumbnail: bool) -> tuple[float, float]:
-    """Width and height of the photograph in a panel, in inches."""
-    width = panel * (1 - THUMBNAIL) - SPACE if has_thumbnail else panel
-    width = min(width, MAX_HEIGHT * image.width / image.height)
-    return width, width * image.height / image.width
+def _aspect(image: Image, covered: Box) -> float:
+    """Width by height of what a photograph covers this part of."""
+    left, top, right, bottom = covered
+    return (image.width / (right - left)) / (image.height / (bottom - top))
 
 
-def _draw(ax: Axes, image: Image, fate: np.ndarray | None, rows: int, columns: int, side: int) -> None:
-    """The photograph in token coordinates, `rows` x `columns` tiles of `side` x `side`, tinted by fate if given."""
+def _shape(image: Image, panel: float, tiling: Tiling) -> tuple[float, float]:
+    """Width and height of the photograph in a panel, in inches, with the borders that the processor puts around it."""
+    width = panel if tiling.thumbnail is None else panel * (1 - THUMBNAIL) - SPACE
+    aspect = _aspect(image, tiling.covered)
+    width = min(width, MAX_HEIGHT * aspect)
+    return width, width / aspect
+
+
+def _cut(tiling: Tiling) -> str:
+    """How an image was cut, in words."""
+    rows, columns = tiling.tiles if tiling.thumbnail is not None else tiling.image.shape
+    return f"{rows} x {columns} tiles and a thumbnail" if tiling.thumbnail is not None else f"{rows} x {columns}"
+
+
+def _draw(
+    ax: Axes,
+    image: Image,
+    fate: np.ndarray | None,
+    shape: tuple[int, int],
+    covered: Box,
+    tiles: tuple[int, int] = (1, 1),
+) -> None:
+    """The photograph in token coordinates, tinted by fate if given.
+
+    Args:
+        fate: [rows, columns].
+        shape: (rows, columns) of tokens.
+        covered: the part of them that shows the photograph.
+        tiles: (rows, columns) of tiles, for the lines between them.
+    """
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    extent = (0, columns * side, rows * side, 0)
-    ax.imshow(image, extent=extent, aspect="auto")
+    (height, width), (rows, columns) = shape, tiles
+    left, top, right, bottom = covered
+    extent = (0, width, height, 0)
+    ax.add_patch(Rectangle((0, 0), width, height, facecolor=BORDER, zorder=-1))
+    ax.imshow(image, extent=(left * width, right * width, bottom * height, top * height), aspect="auto")
+    ax.set(xlim=(0, width), ylim=(height, 0))
     if fate is None:
-        ax.hlines(np.arange(1, rows) * side, 0, columns * side, color="white", linewidth=0.8, alpha=0.7)
-        ax.vlines(np.arange(1, columns) * side, 0, rows * side, color="white", linewidth=0.8, alpha=0.7)
+        ax.hlines(np.arange(1, rows) * height / rows, 0, width, color="white", linewidth=0.8, alpha=0.7)
+        ax.vlines(np.arange(1, columns) * width / columns, 0, height, color="white", linewidth=0.8, alpha=0.7)
     else:
         ax.imshow(TINTS[fate], extent=extent, aspect="auto", interpolation="nearest")
         cells = [Rectangle((x, y), 1, 1) for y, x in np.argwhere(fate == MERGED)]

@@ -25,6 +25,7 @@ from fastmmoe.cli.options import (
     read_layers,
     vision_top_k_option,
 )
+from fastmmoe.cli.videos import VIDEOS, check_videos, open_videos
 from fastmmoe.families import FAMILIES
 
 EXAMPLE = f"Example: fastmmoe run --model {FAMILIES[0].checkpoint} --image a.jpg --prompt 'What is it?'"
@@ -33,8 +34,9 @@ DRAWN = ", ".join(dict.fromkeys(family.title for family in FAMILIES if family.ti
 
 def run(
     model: Annotated[str, typer.Option(help="Checkpoint directory or hub id.")],
-    images: Annotated[list[Path], IMAGES],
     prompt: Annotated[str, typer.Option(help="The question.")],
+    images: Annotated[list[Path] | None, IMAGES] = None,
+    videos: Annotated[list[Path] | None, VIDEOS] = None,
     retention: Retention = 0.5,
     vision_top_k: Annotated[int | None, vision_top_k_option("half of the model's")] = None,
     prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
@@ -54,15 +56,20 @@ def run(
     output: Annotated[Path | None, typer.Option(help=f"PNG to draw what became of each token ({DRAWN}).")] = None,
     json: Json = False,
 ) -> None:
-    """Ask a checkpoint about images, with FastMMoE off and on, and compare answers, FLOPs and prefill times."""
+    """Ask a checkpoint about pictures or videos, FastMMoE off and on: compare answers, FLOPs and prefill times."""
     need("demo", "PIL", *(("matplotlib",) if output else ()))
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from fastmmoe.families.processors import load_processor
+    from fastmmoe.families.processors import check_videos_of, load_processor
 
     if output:
         check_output(output)
-    pictures = open_images(images)
+    if not images and not videos:
+        fail("--image: expected at least one, or a --video")
+    if output and videos:
+        fail(f"--output {output}: a picture shows images alone, expected none or no --video")
+    pictures = open_images(images or [])
+    check_videos(videos or [])
     if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         fail(f"--model {model}: no such directory")
     given = {
@@ -80,6 +87,9 @@ def run(
         config = fastmmoe.FastMMoEConfig.preset(described, retention=retention, **overrides)
     with refusing(OSError, ValueError, ImportError), progress("loading the model"):
         processor = load_processor(model)
+        if videos:
+            check_videos_of(described, processor)
+        clips = open_videos(videos or [], processor)
         loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(target).eval()
-    result = ask(loaded, processor, pictures, prompt, config, max_new_tokens, output)
+    result = ask(loaded, processor, pictures, prompt, config, max_new_tokens, output, clips)
     show(model, result, output, json)

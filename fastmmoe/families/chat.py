@@ -9,16 +9,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
+    from fastmmoe.families.videos import Video
 
-def build_inputs(model: PreTrainedModel, processor: Any, images: Sequence[Image], prompt: str) -> dict:
-    """The model's inputs for one user turn: the images, then the prompt, through the processor's chat template."""
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+
+def build_inputs(
+    model: PreTrainedModel, processor: Any, images: Sequence[Image], prompt: str, videos: Sequence[Video] = ()
+) -> dict:
+    """The model's inputs for one user turn, through the processor's chat template: images, videos, then the prompt."""
+    content = [
+        *({"type": "image", "image": image} for image in images),
+        *({"type": "video", "video": video.frames} for video in videos),
+        {"type": "text", "text": prompt},
+    ]
+    options = {}
+    if videos:
+        metadata = [video.metadata for video in videos]
+        options["processor_kwargs"] = {"videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False}}
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        **options,
     )
     return inputs.to(model.device, model.dtype)
 

@@ -1,5 +1,6 @@
 """DeepSeek-VL2 (`fastmmoe.models.deepseek_vl2`)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
+from fastmmoe.families.tiling import Tiling, fitted, grid
 
 _DEEPSEEK_VL2_TINY = Architecture.of(
     num_hidden_layers=12,
@@ -73,6 +75,29 @@ def load_deepseek_processor(checkpoint: str) -> Any:
     return DeepseekVLV2Processor.from_pretrained(checkpoint)
 
 
+def _tilings(config: Any, processor: Any, images: Sequence[Any], inputs: Mapping[str, Any]) -> list[Tiling]:
+    """A global view and local tiles, with borders around the picture; tokens end each row and the first view."""
+    from fastmmoe.models.deepseek_vl2.image_tokens import tokens_per_side
+
+    settings, made = processor.image_processor, []
+    for image, (wide, high) in zip(images, inputs["images_spatial_crop"][0].tolist(), strict=True):
+        side = tokens_per_side(settings.tile_size, settings.patch_size, settings.downsample_ratio)
+        view, local = (side, side), (high * side, wide * side)
+        n_view, n_local = (rows * (columns + 1) for rows, columns in (view, local))
+        first_view, first_local = (0, n_view + 1) if config.global_view_pos == "head" else (n_local + 1, 0)
+        made.append(
+            Tiling(
+                grid(*local, first_local, row_ends=1),
+                grid(*view, first_view, row_ends=1),
+                n_view + 1 + n_local,
+                (high, wide),
+                covered=fitted(image.size, (wide, high)),
+                thumbnail_covered=fitted(image.size, (1, 1)),
+            )
+        )
+    return made
+
+
 DEEPSEEK_VL2 = Family(
     title="DeepSeek-VL2",
     parent_type="deepseek_vl_v2",
@@ -107,5 +132,6 @@ DEEPSEEK_VL2 = Family(
     },
     checkpoint="deepseek-ai/deepseek-vl2-small",
     load_processor=load_deepseek_processor,
+    tilings=_tilings,
     port="fastmmoe.models.deepseek_vl2",
 )

@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture, head_gate_weights
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 DOTS3_NOTE = Family(
     title="dots3-note",
@@ -49,4 +50,5 @@ DOTS3_NOTE = Family(
         )
     },
     checkpoint="rednote-hilab/dots3-note-prev",
+    tilings=grid_tilings,
 )

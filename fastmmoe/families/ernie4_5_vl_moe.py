@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.tiling import grid_tilings
 
 ERNIE4_5_VL_MOE = Family(
     title="ERNIE-4.5-VL",
@@ -39,4 +40,5 @@ ERNIE4_5_VL_MOE = Family(
         )
     },
     checkpoint="baidu/ERNIE-4.5-VL-28B-A3B-PT",
+    tilings=grid_tilings,
 )

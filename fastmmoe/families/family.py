@@ -99,7 +99,8 @@ class Family:
         preset: the settings.
         architectures: the language models by plain name.
         load_processor: checkpoint -> its processor, where transformers' own loader asks for too much; or None.
-        tilings: (processor, images) -> how the processor cuts each of them; None: not known.
+        tilings: (the multimodal model's config, processor, images, the inputs it made of them) -> where each image's
+            vision tokens lie; None: not known, or nowhere.
         port: module that registers the model with transformers' Auto classes, where transformers lacks it; or "".
         random_model: module with `random_config`, `random_model`, `random_processor` and `save_random_model`: a small
             model with random weights that needs no download; or "".
@@ -149,7 +150,7 @@ class Family:
     preset: Preset | None = None
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
     load_processor: Callable[[str], Any] | None = None
-    tilings: Callable[[Any, Sequence[Any]], list[Tiling]] | None = None
+    tilings: Callable[[Any, Any, Sequence[Any], Mapping[str, Any]], list[Tiling]] | None = None
     port: str = ""
     random_model: str = ""
 

@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 GLM4V_MOE = Family(
     title="GLM-4.5V",
@@ -37,4 +38,5 @@ GLM4V_MOE = Family(
         ),
     ),
     checkpoint="zai-org/GLM-4.5V",
+    tilings=grid_tilings,
 )

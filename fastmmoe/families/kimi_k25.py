@@ -1,8 +1,33 @@
 """Kimi-K2.5 and K2.6 on a DeepSeek-V3 text model."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_sigmoid_gate
+from fastmmoe.families.tiling import Tiling, grid_tilings
+
+
+def _tilings(config: Any, processor: Any, images: Sequence[Any], inputs: Mapping[str, Any]) -> list[Tiling]:
+    """A grid; the processor puts borders on the right and at the bottom."""
+    from transformers.models.kimi_k25.image_processing_kimi_k25 import navit_resize
+
+    settings = processor.image_processor
+    made = []
+    for image, tiling in zip(images, grid_tilings(config, processor, images, inputs), strict=True):
+        (height, width), (whole_height, whole_width) = navit_resize(
+            image.height,
+            image.width,
+            patch_size=settings.patch_size,
+            merge_kernel_size=settings.merge_size,
+            max_patches=settings.max_patches,
+            max_size_per_side=settings.size["max_height"],
+        )
+        made.append(replace(tiling, covered=(0.0, 0.0, width / whole_width, height / whole_height)))
+    return made
+
 
 KIMI_K25 = Family(
     title="Kimi-K2.5",
@@ -38,4 +63,5 @@ KIMI_K25 = Family(
         ),
     ),
     checkpoint="moonshotai/Kimi-K2.5",
+    tilings=_tilings,
 )

@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 MINIMAX_M3_VL = Family(
     title="MiniMax-M3",
@@ -35,4 +36,5 @@ MINIMAX_M3_VL = Family(
         )
     },
     checkpoint="MiniMaxAI/MiniMax-M3",
+    tilings=grid_tilings,
 )

@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_softmax_gate
+from fastmmoe.families.tiling import pixel_tilings
 
 MISTRAL3_MISTRAL4 = Family(
     title="Mistral-Small-4",
@@ -36,4 +37,5 @@ MISTRAL3_MISTRAL4 = Family(
         )
     },
     checkpoint="mistralai/Mistral-Small-4-119B-2603",
+    tilings=pixel_tilings,
 )

@@ -5,6 +5,7 @@ from typing import Any
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import grouped_softmax_gate
+from fastmmoe.families.tiling import pixel_tilings
 
 
 def _shares_slots(text_config: Any, layer: int) -> str:
@@ -58,4 +59,5 @@ MISTRAL_LARGE4 = Family(
         )
     },
     checkpoint="mistralai/Mistral-Large-4-1T-A52B",
+    tilings=pixel_tilings,
 )

@@ -6,6 +6,7 @@ from torch import nn
 from fastmmoe.families.architecture import Architecture, gate_weights
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import sigmoid_gate
+from fastmmoe.families.tiling import grid_tilings
 
 
 def _combine(layer: nn.Module, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -49,4 +50,5 @@ MUSE_SPARK = Family(
         )
     },
     checkpoint="Muse-Spark-Open-816B-A42B",
+    tilings=grid_tilings,
 )

@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture, gate_weights
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.tiling import grid_tilings
 
 QWEN3_5_MOE = Family(
     title="Qwen3.5-MoE",
@@ -40,4 +41,5 @@ QWEN3_5_MOE = Family(
         )
     },
     checkpoint="Qwen/Qwen3.5-35B-A3B",
+    tilings=grid_tilings,
 )

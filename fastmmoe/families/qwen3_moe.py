@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
-from fastmmoe.families.tiling import Tiling
+from fastmmoe.families.tiling import Tiling, tiled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,29 +42,19 @@ def load_internvl_processor(checkpoint: str) -> Any:
     return InternVLProcessor.from_pretrained(checkpoint)
 
 
-def internvl_tilings(processor: Any, images: Sequence[Image]) -> list[Tiling]:
-    """How an InternVL processor, called with its own settings, cuts each of the images.
-
-    Raises:
-        ValueError: another family's processor.
-    """
+def internvl_tilings(config: Any, processor: Any, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Tiling]:
+    """How an InternVL processor, called with its own settings, cuts each of the images."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-    if not type(processor).__name__.startswith("InternVL"):
-        raise ValueError(f"processor: expected InternVL's, whose tiles are known here, got {type(processor).__name__}")
     settings = processor.image_processor
-    return [
-        Tiling(
-            *get_optimal_tiled_canvas(
-                (image.height, image.width),
-                (settings.size["height"], settings.size["width"]),
-                settings.min_patches,
-                settings.max_patches,
-            ),
-            side=round(processor.image_seq_length**0.5),
+    tile, side = (settings.size["height"], settings.size["width"]), round(processor.image_seq_length**0.5)
+    made = []
+    for image in images:
+        columns, rows = get_optimal_tiled_canvas(
+            (image.height, image.width), tile, settings.min_patches, settings.max_patches
         )
-        for image in images
-    ]
+        made.append(tiled(rows, columns, side))
+    return made
 
 
 INTERNVL_QWEN3_MOE = Family(

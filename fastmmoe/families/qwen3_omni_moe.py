@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.tiling import grid_tilings
 
 QWEN3_OMNI_MOE = Family(
     title="Qwen3-Omni-MoE",
@@ -32,4 +33,5 @@ QWEN3_OMNI_MOE = Family(
         )
     },
     checkpoint="Qwen/Qwen3-Omni-30B-A3B-Instruct",
+    tilings=grid_tilings,
 )

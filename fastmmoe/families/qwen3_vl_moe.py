@@ -3,6 +3,7 @@
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.tiling import grid_tilings
 
 QWEN3_VL_MOE = Family(
     title="Qwen3-VL-MoE",
@@ -42,4 +43,5 @@ QWEN3_VL_MOE = Family(
         ),
     },
     checkpoint="Qwen/Qwen3-VL-30B-A3B-Instruct",
+    tilings=grid_tilings,
 )

@@ -1,5 +1,6 @@
 """Unlimited-OCR, whose decoded tokens see the whole prompt and a window of their own."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers.cache_utils import Cache
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import unnormalised_softmax_gate
+from fastmmoe.families.tiling import WHOLE, Tiling, fitted, grid
 
 
 def _mask(*, past_key_values: Cache | None, layer_idx: int, **options: Any) -> torch.Tensor | None:
@@ -16,6 +18,27 @@ def _mask(*, past_key_values: Cache | None, layer_idx: int, **options: Any) -> t
 
     alone = None if past_key_values is None else Cache(layers=[past_key_values.layers[layer_idx]])
     return create_reference_sliding_window_causal_mask(past_key_values=alone, layer_idx=0, **options)
+
+
+def _tilings(config: Any, processor: Any, images: Sequence[Any], inputs: Mapping[str, Any]) -> list[Tiling]:
+    """Local tiles of a large image, then a global view; a token ends each row, and one the image."""
+    settings, made = processor.image_processor, []
+    sizes = max(settings.size["height"], settings.size["width"]), settings.tile_size
+    side, local_side = (-(-(pixels // processor.patch_size) // processor.downsample_ratio) for pixels in sizes)
+    # smaller ones than this are stretched to a square, without borders
+    is_stretched = not settings.crop_to_patches and sizes[0] <= settings.maximum_pad_value
+    crops = zip(images, inputs["patches_grid"], inputs["num_local_patches"], strict=True)
+    for image, (columns, rows), n_tiles in crops:
+        covered = WHOLE if is_stretched else fitted(image.size, (1, 1))
+        n_view = side * (side + 1)
+        if not n_tiles:
+            made.append(Tiling(grid(side, side, row_ends=1), None, n_view + 1, covered=covered))
+            continue
+        local = grid(rows * local_side, columns * local_side, row_ends=1)
+        n_local = len(local) * (local.shape[1] + 1)
+        view = grid(side, side, n_local, row_ends=1)
+        made.append(Tiling(local, view, n_local + n_view + 1, (rows, columns), thumbnail_covered=covered))
+    return made
 
 
 UNLIMITED_OCR = Family(
@@ -50,4 +73,5 @@ UNLIMITED_OCR = Family(
         )
     },
     checkpoint="baidu/Unlimited-OCR",
+    tilings=_tilings,
 )

@@ -30,13 +30,7 @@ def prefill(model: PreTrainedModel, batch: Batch, *, use_cache: bool = True) -> 
 
     On an enabled model it is a prefill with the batch's vision tokens.
     """
-    inputs = dict(
-        inputs_embeds=batch.embeddings,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=use_cache,
-        logits_to_keep=1,
-    )
+    inputs = batch.inputs | {"use_cache": use_cache, "logits_to_keep": 1}
     if plan_in_force(model) is None:
         return model(**inputs)
     with fastmmoe.fixed_layout(model, batch.layout):
@@ -60,6 +54,8 @@ def answer(
         max_new_tokens: an answer's length at most.
         end: ids that end an answer.
     """
+    if batch.samples:
+        return _generated(model, batch, config, max_new_tokens, end)
     ends = torch.tensor(end, dtype=torch.int64, device=batch.embeddings.device)
     mask, position = batch.attention_mask, batch.position_ids[:, -1:]
     said = []
@@ -83,6 +79,21 @@ def answer(
                 use_cache=True,
             )
     return [_until(row, end) for row in torch.stack(said, 1).tolist()]
+
+
+def _generated(
+    model: PreTrainedModel, batch: Batch, config: ReductionConfig | None, max_new_tokens: int, end: tuple[int, ...]
+) -> list[list[int]]:
+    """Where the model alone knows how positions go on behind an image."""
+    with reduced(model, config):
+        tokens = model.generate(
+            **batch.inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(end) or None,
+            pad_token_id=end[0] if end else None,
+        )
+    return [_until(row, end) for row in tokens[:, batch.layout.width :].tolist()]
 
 
 def _until(tokens: list[int], end: tuple[int, ...]) -> list[int]:

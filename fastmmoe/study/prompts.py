@@ -1,6 +1,8 @@
-"""Prompts as the language model gets them: embeddings, the vision features among them, in batches.
+"""Prompts in batches, as the language model gets them: embeddings, the vision features among them.
 
-The vision tower runs once per picture, whatever number of methods then answers.
+The vision tower runs once per picture, whatever number of methods then answers. A language model that needs more than
+embeddings and their order (positions in an image, features for its later layers) gets them from the whole model, which
+then runs for every method, vision tower and all.
 """
 
 from __future__ import annotations
@@ -21,10 +23,17 @@ from fastmmoe_kernels import VisionLayout
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question: the language model's input [n, H], on the CPU, and which of it is vision tokens, bool [n]."""
+    """One question, on the CPU.
 
-    embeddings: torch.Tensor
+    Attributes:
+        embeddings: the language model's input [n, H]; None where that needs more.
+        vision: which of it is vision tokens, bool [n].
+        inputs: where it needs more, the whole model's, of one sample.
+    """
+
+    embeddings: torch.Tensor | None
     vision: torch.Tensor
+    inputs: dict[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,28 +42,49 @@ class Batch:
 
     Attributes:
         numbers: which prompts.
-        embeddings: [B, n, H].
+        embeddings: [B, n, H]; None where the language model needs more.
         attention_mask: int64 [B, n], 0 at padding; None without any.
         position_ids: int64 [B, n], from 0 at a prompt's first token.
         layout: where the vision tokens are.
+        samples: where the language model needs more, the whole model's inputs of each prompt; () elsewhere.
     """
 
     numbers: tuple[int, ...]
-    embeddings: torch.Tensor
+    embeddings: torch.Tensor | None
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor
     layout: VisionLayout
+    samples: tuple[dict[str, torch.Tensor], ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        embeddings, positions = self.embeddings.to(device), self.position_ids.to(device)
-        return Batch(self.numbers, embeddings, mask, positions, self.layout.to(device))
+        embeddings = None if self.embeddings is None else self.embeddings.to(device)
+        samples = tuple({name: value.to(device) for name, value in sample.items()} for sample in self.samples)
+        return Batch(self.numbers, embeddings, mask, self.position_ids.to(device), self.layout.to(device), samples)
 
     def first(self, count: int) -> Batch:
         """The first `count` prompts; padding that all of them have stays."""
         mask = None if self.attention_mask is None else self.attention_mask[:count]
         layout = VisionLayout.from_mask(self.layout.vision_mask[:count], mask)
-        return Batch(self.numbers[:count], self.embeddings[:count], mask, self.position_ids[:count], layout)
+        embeddings = None if self.embeddings is None else self.embeddings[:count]
+        return Batch(self.numbers[:count], embeddings, mask, self.position_ids[:count], layout, self.samples[:count])
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the whole model is called with: per token padded on the left, features one behind the other."""
+        if self.embeddings is not None:
+            return {
+                "inputs_embeds": self.embeddings,
+                "attention_mask": self.attention_mask,
+                "position_ids": self.position_ids,
+            }
+        width, made = self.position_ids.shape[1], {}
+        for name in self.samples[0]:
+            rows = [sample[name] for sample in self.samples]
+            if all(row.shape == sample["input_ids"].shape for row, sample in zip(rows, self.samples, strict=True)):
+                rows = [torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows]
+            made[name] = torch.cat(rows)
+        return made
 
     @property
     def valid_mask(self) -> torch.Tensor:
@@ -77,18 +107,23 @@ def encode(model: PreTrainedModel, processor: Any, examples: Iterable[Example]) 
     """
     family, text, parent = find_text_model(model)
     features: dict[Path, torch.Tensor] = {}  # picture -> [its vision tokens, H]
-    prompts = []
+    prompts, is_enough = [], None
     for example in examples:
         inputs = build_inputs(model, processor, [example.open_image()], example.question)
         vision = family.find_vision(parent, inputs)
         if vision is None or not vision.any():
             raise ValueError(f"processor: {type(processor).__name__} made no vision tokens of a picture")
+        if is_enough is None:
+            is_enough = _is_embeddings_alone(_text_arguments(model, text, inputs))
+        if not is_enough:
+            prompts.append(Prompt(None, vision[0].cpu(), {name: value.cpu() for name, value in inputs.items()}))
+            continue
         known = features.get(example.image) if isinstance(example.image, Path) else None
         if known is not None:
             embeddings = model.get_input_embeddings()(inputs["input_ids"])
             embeddings[vision] = known
         else:
-            embeddings = _text_input(model, text, inputs)
+            embeddings = _text_arguments(model, text, inputs)["inputs_embeds"]
             if isinstance(example.image, Path):
                 features[example.image] = embeddings[vision]
         prompts.append(Prompt(embeddings[0].cpu(), vision[0].cpu()))
@@ -111,15 +146,26 @@ def _batch(prompts: Sequence[Prompt], numbers: tuple[int, ...]) -> Batch:
     mask = None if valid.all() else valid
     layout = VisionLayout.from_mask(vision, mask)
     positions = (valid.cumsum(1) - 1).clamp_min(0)
+    if chosen[0].inputs is not None:
+        return Batch(numbers, None, mask, positions, layout, tuple(prompt.inputs for prompt in chosen))
     return Batch(numbers, stack([prompt.embeddings for prompt in chosen]), mask, positions, layout)
 
 
-def _text_input(model: PreTrainedModel, text: torch.nn.Module, inputs: dict) -> torch.Tensor:
-    """What a model hands its text model for `inputs`, [1, n, H]."""
+def _is_embeddings_alone(arguments: dict[str, Any]) -> bool:
+    """Whether what a text model is called with follows from its embeddings and their order."""
+    positions = arguments.get("position_ids")
+    known = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+    others = (value for name, value in arguments.items() if name not in known)
+    is_plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in others)
+    return is_plain and (positions is None or positions.dim() == 2)
+
+
+def _text_arguments(model: PreTrainedModel, text: torch.nn.Module, inputs: dict) -> dict[str, Any]:
+    """What a model calls its text model with for `inputs`; `inputs_embeds` is [1, n, H]."""
     seen = []
 
     def stop(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(kwargs["inputs_embeds"])
+        seen.append(kwargs)
         raise _Reached
 
     handle = text.register_forward_pre_hook(stop, with_kwargs=True)

@@ -26,7 +26,9 @@ def prefill_times(
     rounds: int,
     progress: Callable[[int], None] = lambda timed: None,
 ) -> list[dict[str, Any]]:
-    """Time one batch's prefill under every method, vision tower, tokenizer and decoding not included.
+    """Time one batch's prefill under every method, tokenizer and decoding not included.
+
+    Nor is the vision tower, but for language models that need more than embeddings (see `fastmmoe.study.prompts`).
 
     Each round runs all methods in an order of its own, so that a change of clock or load meets all alike; a first round
     warms up and does not count. Ratios are taken within a round.

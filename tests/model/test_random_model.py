@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
-from transformers.utils import is_torchvision_available
 
 from fastmmoe.cli.bench import PROMPT, cat_photograph
 from fastmmoe.families.chat import build_inputs
@@ -155,10 +154,3 @@ def test_a_saved_model_is_an_ordinary_checkpoint(model, processor, tmp_path):
         expected, found = (m(**inputs, logits_to_keep=1).logits for m in (model, loaded))
     torch.testing.assert_close(found, expected)
     assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
-
-
-@pytest.mark.skipif(is_torchvision_available(), reason="needs an environment without torchvision")
-def test_a_processor_that_needs_torchvision_says_so(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl_moe"}')
-    with pytest.raises(ImportError, match="torchvision that matches torch"):
-        load_processor(str(tmp_path))
