@@ -29,6 +29,7 @@ class Parts:
         text: path of the text model.
         norm, moe: of a layer; gate: of the MoE.
         scoring: of the gate's logits: "softmax", "sigmoid", or "none" where the gate returns probabilities.
+        logits: which of the gate's outputs are its logits.
         normalised: the gate's weights of a token have a fixed sum; else fewer are scaled to the sum of all.
         top_k: (gate, K) -> sets how many experts the gate chooses.
         vision_gate: the gate gets vision tokens alone.
@@ -44,6 +45,7 @@ class Parts:
     moe: str = "mlp"
     gate: str = "gate"
     scoring: str = "softmax"
+    logits: int = 0
     normalised: bool = True
     top_k: Callable[[nn.Module, int], None] = lambda gate, k: setattr(gate, "top_k", k)
     vision_gate: bool = False
@@ -106,8 +108,8 @@ def run(
         for number, layer in enumerate(layers):
             arguments = _arguments(text.config, records["layers"][number], number, tokens, held[number], hidden, parts)
             arguments |= {"past_key_values": cache} | carried
-            flags = [vision[token] and is_prompt for token in tokens]
-            if is_prompt and number in settings.prune_layers:
+            flags = [vision[token] for token in tokens]
+            if any(flags) and number in settings.prune_layers:
                 hidden, rest, tokens_left = _pruned(loop, layer, number, hidden, arguments, flags, tokens)
             else:
                 with _fewer_experts(_gate(layer, parts), parts, settings, number, flags):
@@ -121,7 +123,7 @@ def run(
             if is_prompt:
                 loop.lengths.append(len(tokens))
             features = records["features"]
-            if features is not None and number < len(features) and is_prompt:
+            if features is not None and number < len(features):
                 row = {token: i for i, token in enumerate(t for t in range(len(vision)) if vision[t])}
                 add = torch.stack([features[number][row[t]] if vision[t] else 0 * hidden[0, 0] for t in tokens])
                 hidden = hidden + add
@@ -300,7 +302,7 @@ def _pruned(
     def probabilities() -> list[Tensor]:
         gate = _gate(layer, parts)
         given = (moe.expert_bias,) if getattr(moe, "use_expert_bias", False) else ()
-        logits = type(gate).forward(gate, normed, *given)[0]
+        logits = type(gate).forward(gate, normed, *given)[parts.logits]
         scores = {"softmax": lambda x: x.softmax(-1), "sigmoid": lambda x: x.sigmoid(), "none": lambda x: x}
         return list(scores[parts.scoring](logits.float()))
 
