@@ -14,7 +14,9 @@ def _mask(*, past_key_values: Cache | None, layer_idx: int, **options: Any) -> t
     """The mask of one layer; transformers takes the length of the prompt from the first one, which sees all of it."""
     from transformers.models.unlimited_ocr.modeling_unlimited_ocr import create_reference_sliding_window_causal_mask
 
-    alone = None if past_key_values is None else Cache(layers=[past_key_values.layers[layer_idx]])
+    # some caches make a layer when it is first written to
+    layers = [] if past_key_values is None else past_key_values.layers[layer_idx : layer_idx + 1]
+    alone = Cache(layers=layers) if layers else None
     return create_reference_sliding_window_causal_mask(past_key_values=alone, layer_idx=0, **options)
 
 
