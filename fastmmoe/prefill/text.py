@@ -90,6 +90,8 @@ class TextPatch(EntryPatch):
                 return self._prefill(call, inputs, layout, cache, past, state, mask, packed)
         if state is None:
             return None
+        if mask.pairs is not None and set(layer_kinds(self.module.config)) - {FULL}:
+            mask = self._keys_of(mask, past)
         valid = torch.ones(batch, n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
         # one token per sample is a decode step; it would not be decoded if it were padding
         segment = Segment(valid, n == 1 or mask.valid is None)
@@ -215,6 +217,14 @@ class TextPatch(EntryPatch):
                 "attention_mask: expected 2D or causal where tokens are pruned and layers are of "
                 f"{', '.join(others)}, got 4D"
             )
+
+    def _keys_of(self, mask: CallerMask, past: int) -> CallerMask:
+        """A mask of pairs over a pruned cache as one of keys, from which every kind of layer makes its own."""
+        is_causal, keys = mask.as_keys(past, torch.zeros_like(mask.valid))
+        # whichever keys a single token sees, they are those that are valid
+        if mask.pairs.shape[2] > 1 and not is_causal.all():
+            self._check_pairs()
+        return CallerMask(mask.valid, keys, None)
 
     def _check_packable(self, plan: Plan) -> None:
         """Refuse to prune samples in one row where layers would mix them up."""

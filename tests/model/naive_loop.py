@@ -106,7 +106,8 @@ def run(
         hidden = records["embeddings"][:, tokens]  # [1, n, H]
         carried: dict[str, Any] = {}
         for number, layer in enumerate(layers):
-            arguments = _arguments(text.config, records["layers"][number], number, tokens, held[number], hidden, parts)
+            arguments = _arguments(text.config, records["layers"][number], number, tokens, held[number], hidden, parts,
+                                   stretches[0])  # fmt: skip
             arguments |= {"past_key_values": cache} | carried
             flags = [vision[token] for token in tokens]
             if any(flags) and number in settings.prune_layers:
@@ -198,7 +199,8 @@ def _record(model: nn.Module, text: nn.Module, parts: Parts, inputs: dict[str, T
 
 
 def _arguments(
-    config: Any, given: dict[str, Any], number: int, tokens: list[int], held: list[int], hidden: Tensor, parts: Parts
+    config: Any, given: dict[str, Any], number: int, tokens: list[int], held: list[int], hidden: Tensor, parts: Parts,
+    first: int,
 ) -> dict[str, Any]:
     """What a layer gets for these tokens, beside the cache."""
 
@@ -215,11 +217,12 @@ def _arguments(
     arguments |= {name: cut(given[name], 1) for name in parts.per_token}
     if "shared_kv_states" in given:
         arguments["shared_kv_states"] = type(given["shared_kv_states"])()
-    arguments["attention_mask"] = _mask(config, number, len(held), len(tokens), hidden)
+    prompt = sum(token < first for token in held)
+    arguments["attention_mask"] = _mask(config, number, len(held), len(tokens), hidden, prompt)
     return arguments
 
 
-def _mask(config: Any, number: int, held: int, new: int, hidden: Tensor) -> Tensor | None:
+def _mask(config: Any, number: int, held: int, new: int, hidden: Tensor, prompt: int) -> Tensor | None:
     """Additive [1, 1, new, keys], by places among the tokens that this layer has seen; None for a recurrent layer."""
     kinds = getattr(config, "layer_types", None)
     kind = kinds[number] if kinds else "full_attention"
@@ -233,6 +236,10 @@ def _mask(config: Any, number: int, held: int, new: int, hidden: Tensor) -> Tens
     elif kind == "chunked_attention":
         sees &= key // config.attention_chunk_size == query // config.attention_chunk_size
         sees = sees[:, max(0, held - config.attention_chunk_size + 1) :]
+    elif kind == "reference_sliding_attention" and held:
+        sees &= (key < prompt) | (key > query - config.sliding_window)
+        gone = max(0, held - prompt - config.sliding_window + 1)  # of the answer
+        sees = torch.cat((sees[:, :prompt], sees[:, prompt + gone :]), 1)
     lowest = torch.finfo(hidden.dtype).min
     return torch.zeros(sees.shape, dtype=hidden.dtype).masked_fill(~sees, lowest)[None, None]
 
