@@ -20,6 +20,13 @@ def _mask(*, past_key_values: Cache | None, layer_idx: int, **options: Any) -> t
     return create_reference_sliding_window_causal_mask(past_key_values=alone, layer_idx=0, **options)
 
 
+def _shorten_cache(layer: Any, removed: int) -> None:
+    """What it expects of the prompt is never evicted, and decoded tokens must not take the place of pruned ones."""
+    expected = getattr(layer, "prefill_length", None)
+    if expected is not None and layer.prefill_cumulative_length < expected:
+        layer.prefill_length -= removed
+
+
 UNLIMITED_OCR = Family(
     title="Unlimited-OCR",
     parent_type="unlimited_ocr",
@@ -29,6 +36,7 @@ UNLIMITED_OCR = Family(
     routing_options=unnormalised_softmax_gate,
     gate_class="UnlimitedOcrTextTopkRouter",
     prunable_kinds=("reference_sliding_attention",),
+    shorten_cache=_shorten_cache,
     masks={"reference_sliding_attention": _mask},
     preset=Preset(
         supported="Unlimited-OCR (the name unlimited-ocr)",
