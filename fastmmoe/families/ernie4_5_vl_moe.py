@@ -17,6 +17,7 @@ ERNIE4_5_VL_MOE = Family(
     gate_class="Ernie4_5_VLMoeMoeTopKRouter",
     linear=None,
     per_token=("moe_mm_token_type_ids",),
+    rows_by=(3,),
     preset=Preset(
         supported="ERNIE-4.5-VL (the names ernie-4.5-vl-28b-a3b, ernie-4.5-vl-424b-a47b)",
         names=r"ernie-4\.5-vl-(28b-a3b|424b-a47b)(-.*)?",

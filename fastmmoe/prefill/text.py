@@ -102,7 +102,9 @@ class TextPatch(EntryPatch):
         use_cache, positions = inputs.get("use_cache"), _text_positions(inputs)
         use_cache = self.module.config.use_cache if use_cache is None else use_cache
         absent = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None and not use_cache
-        return absent and positions is not None and positions.dim() == 2 and positions.shape[0] == 1
+        if not absent or positions is None or inputs["position_ids"].dim() not in self.installation.family.rows_by:
+            return False
+        return positions.dim() == 2 and positions.shape[0] == 1
 
     def _packed(
         self, plan: Plan, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None
@@ -111,6 +113,12 @@ class TextPatch(EntryPatch):
         if layout is not None:
             raise ValueError("cu_seq_lens_q: packed batches are not supported within fixed_layout")
         self._check_packable(plan)
+        positions, rope = inputs.get("position_ids"), getattr(self.module.config, "rope_parameters", None) or {}
+        if "mrope_section" in rope and positions is not None and (positions.dim() != 3 or len(positions) != 4):
+            raise ValueError(
+                "position_ids: expected [4, 1, T] with cu_seq_lens_q, those of text and in time, height and width; give "
+                "them to pack_batch"
+            )
         if inputs.get("past_key_values") is not None or inputs.get("use_cache") is not False:
             raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")
         if inputs.get("attention_mask") is not None:
@@ -229,6 +237,12 @@ class TextPatch(EntryPatch):
     def _check_packable(self, plan: Plan) -> None:
         """Refuse to prune samples in one row where layers would mix them up."""
         others = sorted(set(layer_kinds(self.module.config)) - {FULL, SLIDING})
+        is_flash = "flash" in self.module.config._attn_implementation
+        if plan.stages and not self.installation.family.rows_by and not is_flash:
+            raise ValueError(
+                "input_ids: several samples in one row are not supported where tokens are pruned: without flash "
+                f"attention, {self.installation.family.title} mixes them; expected a padded batch"
+            )
         if plan.stages and others:
             raise ValueError(
                 "input_ids: several samples in one row are not supported where tokens are pruned and layers are of "
