@@ -1,8 +1,21 @@
 """ERNIE-4.5-VL, where vision tokens have a gate and experts of their own."""
 
+from typing import Any
+
+import torch
+from torch import nn
+
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+
+
+def _routing_options(gate: nn.Module) -> dict[str, Any]:
+    bias = gate.moe_statics.e_score_correction_bias
+    if bias.is_meta:  # offloaded, and loaded when its module is called, which adds it
+        bias = gate.moe_statics(torch.zeros(bias.shape))
+    return softmax_gate(gate) | {"correction_bias": bias[0]}
+
 
 ERNIE4_5_VL_MOE = Family(
     title="ERNIE-4.5-VL",
@@ -13,7 +26,7 @@ ERNIE4_5_VL_MOE = Family(
     gate="vision_moe.gate",
     experts="vision_moe.experts",
     vision_only=True,
-    routing_options=lambda gate: softmax_gate(gate) | {"correction_bias": gate.moe_statics.e_score_correction_bias[0]},
+    routing_options=_routing_options,
     gate_class="Ernie4_5_VLMoeMoeTopKRouter",
     linear=None,
     per_token=("moe_mm_token_type_ids",),
