@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastmmoe.families.kinds import FULL, SLIDING, layer_kinds
+from fastmmoe.families.kinds import CHUNKED, FULL, SLIDING, layer_kinds
 from fastmmoe.prefill.attention import register_capture
 from fastmmoe.prefill.cache import CacheState, forget, state_of
 from fastmmoe.prefill.entry import EntryPatch
@@ -76,6 +76,7 @@ class TextPatch(EntryPatch):
         if vision is not None:
             packed = False
             if mask.pairs is not None and plan.stages:
+                self._check_windows(inputs["attention_mask"])
                 layout, mask, packed = read_masked_layout(vision, mask, past)
             elif plan.stages and self._may_hold_samples(inputs):
                 layout, packed = read_positioned_layout(vision, _text_positions(inputs))
@@ -216,6 +217,14 @@ class TextPatch(EntryPatch):
             )
         if inputs.get("output_router_logits") or getattr(self.module.config, "output_router_logits", False):
             raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
+
+    def _check_windows(self, mask: Any) -> None:
+        """Refuse one mask for layers of all kinds, which says that none of them has a window."""
+        narrow = sorted(set(layer_kinds(self.module.config)) & {SLIDING, CHUNKED})
+        if narrow and not isinstance(mask, dict):
+            raise ValueError(
+                f"attention_mask: expected 2D where tokens are pruned and layers are of {', '.join(narrow)}, got 4D"
+            )
 
     def _check_pairs(self) -> None:
         """Refuse a mask that is not plain causal attention where layers make other masks of it."""
