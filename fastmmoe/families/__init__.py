@@ -126,10 +126,11 @@ def find_text_model(model: nn.Module) -> tuple[Family, nn.Module, nn.Module]:
             raise ValueError(f"model: {family.title} is not supported: {family.obstacle}")
         return found[0]
     config = getattr(model, "config", None)
-    if _model_type(model) in _TEXT_TYPES:
+    parents = sorted({family.parent_type for family in FAMILIES if family.text_type == _model_type(model)})
+    if parents:
         raise ValueError(
             f"model: a {_model_type(model)} text model by itself has no vision tokens, expected the multimodal model "
-            "that calls it"
+            f"that calls it, such as {' or '.join(parents)}"
         )
     shown = getattr(config, "model_type", type(model).__name__)
     text_type = getattr(getattr(config, "text_config", None), "model_type", None)

@@ -172,8 +172,8 @@ def pack_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
             [3 or 4, B, n], as `model.model.get_rope_index` returns them (text first, where there are 4).
 
     Returns:
-        `input_ids` int64 [1, T], `position_ids` [1, T] or [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` int32 [B + 1]; `max_length_q`,
-        `max_length_k`; `use_cache` False; the other entries. Sample b's last token is number
+        `input_ids` int64 [1, T], `position_ids` [1, T] or [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` int32 [B + 1];
+        `max_length_q`, `max_length_k`; `use_cache` False; the other entries. Sample b's last token is number
         `cu_seq_lens_q[b + 1] - 1` of the row.
 
     Raises:

@@ -117,8 +117,8 @@ class TextPatch(EntryPatch):
         positions, rope = inputs.get("position_ids"), getattr(self.module.config, "rope_parameters", None) or {}
         if "mrope_section" in rope and positions is not None and (positions.dim() != 3 or len(positions) != 4):
             raise ValueError(
-                "position_ids: expected [4, 1, T] with cu_seq_lens_q, those of text and in time, height and width; give "
-                "them to pack_batch"
+                "position_ids: expected [4, 1, T] with cu_seq_lens_q, those of text and in time, height and width; "
+                "give them to pack_batch"
             )
         if inputs.get("past_key_values") is not None or inputs.get("use_cache") is not False:
             raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")

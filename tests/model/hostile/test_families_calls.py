@@ -194,7 +194,9 @@ def test_adapters_on_gates_and_experts(name, where):
     peft = pytest.importorskip("peft")
     model, _ = tiny_families.FAMILIES[name]()
     inputs, text = prompt(name, TWO), LOOPS[name].parts.text
-    ends = ("gate.weight", "router.weight") if where == "gate" else ("gate_up_proj", "up_proj", "down_proj", "fc1", "fc2")  # noqa: E501
+    ends = (
+        ("gate.weight", "router.weight") if where == "gate" else ("gate_up_proj", "up_proj", "down_proj", "fc1", "fc2")
+    )  # noqa: E501
     dims = 2 if where == "gate" else 3
     of_text = [(key, value) for key, value in model.named_parameters() if key.startswith(text)]
     names = [key for key, value in of_text if key.endswith(ends) and value.dim() == dims]
