@@ -126,6 +126,12 @@ def find_text_model(model: nn.Module) -> tuple[Family, nn.Module, nn.Module]:
             raise ValueError(f"model: {family.title} is not supported: {family.obstacle}")
         return found[0]
     config = getattr(model, "config", None)
+    parents = sorted({family.parent_type for family in FAMILIES if family.text_type == _model_type(model)})
+    if parents:
+        raise ValueError(
+            f"model: a {_model_type(model)} text model by itself has no vision tokens, expected the multimodal model "
+            f"that calls it, such as {' or '.join(parents)}"
+        )
     shown = getattr(config, "model_type", type(model).__name__)
     text_type = getattr(getattr(config, "text_config", None), "model_type", None)
     supported = ", ".join(f"{f.parent_type} with a {f.text_type} text model" for f in FAMILIES if not f.obstacle)
@@ -155,6 +161,8 @@ def find_preset(model_or_name: Any) -> tuple[Family, Any]:
             if family is None:  # a dense one of a family that also has experts
                 family = next((f for f in _PRESETS if f.parent_type == kind), None)
         shown = f"a {type(model_or_name).__name__} of model type {kind!r}"
+    if family is not None and family.obstacle:
+        raise ValueError(f"model_or_name: {family.title} is not supported: {family.obstacle}")
     if family is None or family.preset is None:
         supported = "; ".join(f.preset.supported for f in _PRESETS)
         raise ValueError(f"model_or_name: no preset for {shown}, expected one of: {supported}")

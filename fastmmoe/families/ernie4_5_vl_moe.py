@@ -1,9 +1,22 @@
 """ERNIE-4.5-VL, where vision tokens have a gate and experts of their own."""
 
+from typing import Any
+
+import torch
+from torch import nn
+
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
 from fastmmoe.families.tiling import grid_tilings
+
+
+def _routing_options(gate: nn.Module) -> dict[str, Any]:
+    bias = gate.moe_statics.e_score_correction_bias
+    if bias.is_meta:  # offloaded, and loaded when its module is called, which adds it
+        bias = gate.moe_statics(torch.zeros(bias.shape))
+    return softmax_gate(gate) | {"correction_bias": bias[0]}
+
 
 ERNIE4_5_VL_MOE = Family(
     title="ERNIE-4.5-VL",
@@ -14,10 +27,11 @@ ERNIE4_5_VL_MOE = Family(
     gate="vision_moe.gate",
     experts="vision_moe.experts",
     vision_only=True,
-    routing_options=lambda gate: softmax_gate(gate) | {"correction_bias": gate.moe_statics.e_score_correction_bias[0]},
+    routing_options=_routing_options,
     gate_class="Ernie4_5_VLMoeMoeTopKRouter",
     linear=None,
     per_token=("moe_mm_token_type_ids",),
+    rows_by=(3,),
     preset=Preset(
         supported="ERNIE-4.5-VL (a model or config; the name ernie-4.5-vl-28b-a3b)",
         names=r"ernie-4\.5-vl-28b-a3b(-.*)?",

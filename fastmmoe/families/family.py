@@ -133,6 +133,9 @@ class Family:
             already: "none"; "source", the tokens' original ones; "slot", their places among the tokens that are left.
         injected: the text model's arguments with the mask and the list of features that it adds to vision tokens
             behind its first layers; None: it does not.
+        shorten_cache: (a layer's part of the cache, how many tokens of a prompt it will not get) -> tells it, in front
+            of the layer, where `generate` has told it how many to expect.
+        rows_by: dimensions of the position ids by which the model's own masks keep samples in one row apart.
         masks: kind of attention -> function that makes its mask, for kinds that transformers' own table lacks.
         combine: (layer, residual, output of its MoE) -> the layer's output, all [B, n, H].
     """
@@ -176,6 +179,8 @@ class Family:
     per_token: tuple[str, ...] = ()
     positions: str = "none"
     injected: tuple[str, str] | None = None
+    shorten_cache: Callable[[Any, int], Any] = _none
+    rows_by: tuple[int, ...] = (2, 3)
     masks: Mapping[str, Callable[..., torch.Tensor | None]] = field(default_factory=dict)
     combine: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = _sum
 

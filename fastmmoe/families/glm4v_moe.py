@@ -14,6 +14,7 @@ GLM4V_MOE = Family(
     videos=True,
     routing_options=grouped_sigmoid_gate,
     gate_class="Glm4vMoeTextTopkRouter",
+    rows_by=(3,),
     preset=Preset(
         supported="GLM-4.5V (the names glm-4.5v, glm-4.6v)",
         names=r"glm-4\.[56]v(-(?!flash).*)?",

@@ -14,6 +14,7 @@ INTERNVL_GPT_OSS = Family(
     routing_options=softmax_gate,
     gate_class="GptOssTopKRouter",
     linear=lambda gate: {"bias": gate.bias},
+    rows_by=(),
     preset=Preset(
         supported="InternVL3.5 with gpt-oss (the name internvl3.5-gpt-oss-20b-a4b-preview)",
         names=r"internvl3\.5-gpt-oss-20b-a4b(-.*)?",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # layers that carry a state along the sequence in place of keys and values
 RECURRENT = ("linear_attention", "conv")
 

@@ -16,7 +16,9 @@ def _mask(*, past_key_values: Cache | None, layer_idx: int, **options: Any) -> t
     """The mask of one layer; transformers takes the length of the prompt from the first one, which sees all of it."""
     from transformers.models.unlimited_ocr.modeling_unlimited_ocr import create_reference_sliding_window_causal_mask
 
-    alone = None if past_key_values is None else Cache(layers=[past_key_values.layers[layer_idx]])
+    # some caches make a layer when it is first written to
+    layers = [] if past_key_values is None else past_key_values.layers[layer_idx : layer_idx + 1]
+    alone = Cache(layers=layers) if layers else None
     return create_reference_sliding_window_causal_mask(past_key_values=alone, layer_idx=0, **options)
 
 
@@ -41,6 +43,13 @@ def _tilings(config: Any, processor: Any, images: Sequence[Any], inputs: Mapping
     return made
 
 
+def _shorten_cache(layer: Any, removed: int) -> None:
+    """What it expects of the prompt is never evicted, and decoded tokens must not take the place of pruned ones."""
+    expected = getattr(layer, "prefill_length", None)
+    if expected is not None and layer.prefill_cumulative_length < expected:
+        layer.prefill_length -= removed
+
+
 UNLIMITED_OCR = Family(
     title="Unlimited-OCR",
     parent_type="unlimited_ocr",
@@ -50,6 +59,7 @@ UNLIMITED_OCR = Family(
     routing_options=unnormalised_softmax_gate,
     gate_class="UnlimitedOcrTextTopkRouter",
     prunable_kinds=("reference_sliding_attention",),
+    shorten_cache=_shorten_cache,
     masks={"reference_sliding_attention": _mask},
     preset=Preset(
         supported="Unlimited-OCR (the name unlimited-ocr)",

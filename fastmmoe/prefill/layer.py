@@ -64,6 +64,10 @@ class LayerPatch(Patch):
         is_decoding = not forward.has_vision and kwargs.get("attention_mask") is None and forward.is_full(behind)
         if is_decoding and family.positions != "slot":
             return unchanged
+        if segment.index is not None and forward.cache is not None:
+            removed = forward.segments[0].shape[1] - segment.shape[1]
+            for cached in forward.cache.layers[self._cache_layer : self._cache_layer + 1]:
+                family.shorten_cache(cached, removed)
         hidden = args[0] if args else kwargs["hidden_states"]
         kind = layer_kind(forward.text_config, self.number)
         if not is_decoding:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from fastmmoe.families.kinds import CHUNKED, FULL, RECURRENT, SLIDING
+
 # in an additive mask; people write -1e4, which bfloat16 rounds
 HIDDEN = -9000.0
 
@@ -32,7 +34,9 @@ class CallerMask:
             TypeError, ValueError: a mask of another kind.
         """
         if isinstance(mask, dict):
-            mask = mask["full_attention"]
+            # of layers that see all in front of them
+            narrow = (SLIDING, CHUNKED, *RECURRENT)
+            mask = mask[FULL] if FULL in mask else next(one for kind, one in mask.items() if kind not in narrow)
         if mask is None:
             return cls(None, None, None)
         if not isinstance(mask, torch.Tensor):

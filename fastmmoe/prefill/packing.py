@@ -167,11 +167,13 @@ def pack_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     tokens of the row. Reads the attention mask.
 
     Args:
-        inputs: `input_ids` and `attention_mask`, int [B, n]; other entries (`pixel_values`) are handed on.
+        inputs: `input_ids` and `attention_mask`, int [B, n]; entries of the same shape are packed too, and others
+            (`pixel_values`) handed on. Models with positions in time, height and width ask for `position_ids`
+            [3 or 4, B, n], as `model.model.get_rope_index` returns them (text first, where there are 4).
 
     Returns:
-        `input_ids`, `position_ids` int64 [1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` int32 [B + 1]; `max_length_q`,
-        `max_length_k`; `use_cache` False; the other entries. Sample b's last token is number
+        `input_ids` int64 [1, T], `position_ids` [1, T] or [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` int32 [B + 1];
+        `max_length_q`, `max_length_k`; `use_cache` False; the other entries. Sample b's last token is number
         `cu_seq_lens_q[b + 1] - 1` of the row.
 
     Raises:
@@ -181,13 +183,17 @@ def pack_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     lengths = mask.sum(1).tolist()
     if min(lengths) < 1:
         raise ValueError(f"attention_mask: expected tokens in every sample, got lengths {lengths}")
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device).unsqueeze(0)
+    given = inputs.get("position_ids")
+    if given is not None and given.dim() == 3:
+        positions = torch.cat((positions.unsqueeze(0), given[-3:, mask].unsqueeze(1)))
     bounds = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=ids.device)
-    others = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    others = {name: value for name, value in inputs.items() if name not in ("attention_mask", "position_ids")}
+    of_tokens = {n: v[mask].unsqueeze(0) for n, v in others.items() if getattr(v, "shape", None) == mask.shape}
     return {
         **others,
-        "input_ids": ids[mask].unsqueeze(0),
-        "position_ids": positions.unsqueeze(0),
+        **of_tokens,
+        "position_ids": positions,
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),

@@ -102,6 +102,7 @@ class Patch:
         """The module's attributes as they are without this patch."""
         attributes = dict(vars(self.module))
         attributes.update(self._without_it(attributes))
+        attributes["_forward_hooks"] = _without_ours(attributes["_forward_hooks"])
         return {name: value for name, value in attributes.items() if value is not self and value is not self._reduce}
 
     def copied(self) -> None:
@@ -163,12 +164,16 @@ class HookPatch:
     def stock_attributes(self) -> dict[str, Any]:
         """The module's attributes as they are without this hook."""
         attributes = {name: value for name, value in vars(self.module).items() if value is not self._reduce}
-        hooks = attributes["_forward_hooks"].items()
-        attributes["_forward_hooks"] = OrderedDict((key, hook) for key, hook in hooks if hook is not self)
+        attributes["_forward_hooks"] = _without_ours(attributes["_forward_hooks"])
         return attributes
 
     def copied(self) -> None:
         """Called when a copy of the module is made."""
+
+
+def _without_ours(hooks: OrderedDict) -> OrderedDict:
+    """A module's hooks, but for those of patches: a module may carry one beside another patch."""
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not isinstance(hook, HookPatch))
 
 
 class _StockReduce:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastmmoe.families.kinds import FULL, SLIDING, layer_kinds
+from fastmmoe.families.kinds import CHUNKED, FULL, SLIDING, layer_kinds
 from fastmmoe.prefill.attention import register_capture
 from fastmmoe.prefill.cache import CacheState, forget, state_of
 from fastmmoe.prefill.entry import EntryPatch
@@ -76,6 +76,7 @@ class TextPatch(EntryPatch):
         if vision is not None:
             packed = False
             if mask.pairs is not None and plan.stages:
+                self._check_windows(inputs["attention_mask"])
                 layout, mask, packed = read_masked_layout(vision, mask, past)
             elif plan.stages and self._may_hold_samples(inputs):
                 layout, packed = read_positioned_layout(vision, _text_positions(inputs))
@@ -90,6 +91,8 @@ class TextPatch(EntryPatch):
                 return self._prefill(call, inputs, layout, cache, past, state, mask, packed)
         if state is None:
             return None
+        if mask.pairs is not None and set(layer_kinds(self.module.config)) - {FULL}:
+            mask = self._keys_of(mask, past)
         valid = torch.ones(batch, n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
         # one token per sample is a decode step; it would not be decoded if it were padding
         segment = Segment(valid, n == 1 or mask.valid is None)
@@ -100,7 +103,9 @@ class TextPatch(EntryPatch):
         use_cache, positions = inputs.get("use_cache"), _text_positions(inputs)
         use_cache = self.module.config.use_cache if use_cache is None else use_cache
         absent = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None and not use_cache
-        return absent and positions is not None and positions.dim() == 2 and positions.shape[0] == 1
+        if not absent or positions is None or inputs["position_ids"].dim() not in self.installation.family.rows_by:
+            return False
+        return positions.dim() == 2 and positions.shape[0] == 1
 
     def _packed(
         self, plan: Plan, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None
@@ -109,6 +114,12 @@ class TextPatch(EntryPatch):
         if layout is not None:
             raise ValueError("cu_seq_lens_q: packed batches are not supported within fixed_layout")
         self._check_packable(plan)
+        positions, rope = inputs.get("position_ids"), getattr(self.module.config, "rope_parameters", None) or {}
+        if "mrope_section" in rope and positions is not None and (positions.dim() != 3 or len(positions) != 4):
+            raise ValueError(
+                "position_ids: expected [4, 1, T] with cu_seq_lens_q, those of text and in time, height and width; "
+                "give them to pack_batch"
+            )
         if inputs.get("past_key_values") is not None or inputs.get("use_cache") is not False:
             raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")
         if inputs.get("attention_mask") is not None:
@@ -207,6 +218,14 @@ class TextPatch(EntryPatch):
         if inputs.get("output_router_logits") or getattr(self.module.config, "output_router_logits", False):
             raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
 
+    def _check_windows(self, mask: Any) -> None:
+        """Refuse one mask for layers of all kinds, which says that none of them has a window."""
+        narrow = sorted(set(layer_kinds(self.module.config)) & {SLIDING, CHUNKED})
+        if narrow and not isinstance(mask, dict):
+            raise ValueError(
+                f"attention_mask: expected 2D where tokens are pruned and layers are of {', '.join(narrow)}, got 4D"
+            )
+
     def _check_pairs(self) -> None:
         """Refuse a mask that is not plain causal attention where layers make other masks of it."""
         others = sorted(set(layer_kinds(self.module.config)) - {FULL})
@@ -216,9 +235,23 @@ class TextPatch(EntryPatch):
                 f"{', '.join(others)}, got 4D"
             )
 
+    def _keys_of(self, mask: CallerMask, past: int) -> CallerMask:
+        """A mask of pairs over a pruned cache as one of keys, from which every kind of layer makes its own."""
+        is_causal, keys = mask.as_keys(past, torch.zeros_like(mask.valid))
+        # whichever keys a single token sees, they are those that are valid
+        if mask.pairs.shape[2] > 1 and not is_causal.all():
+            self._check_pairs()
+        return CallerMask(mask.valid, keys, None)
+
     def _check_packable(self, plan: Plan) -> None:
         """Refuse to prune samples in one row where layers would mix them up."""
         others = sorted(set(layer_kinds(self.module.config)) - {FULL, SLIDING})
+        is_flash = "flash" in self.module.config._attn_implementation
+        if plan.stages and not self.installation.family.rows_by and not is_flash:
+            raise ValueError(
+                "input_ids: several samples in one row are not supported where tokens are pruned: without flash "
+                f"attention, {self.installation.family.title} mixes them; expected a padded batch"
+            )
         if plan.stages and others:
             raise ValueError(
                 "input_ids: several samples in one row are not supported where tokens are pruned and layers are of "

@@ -82,7 +82,7 @@ LOOPS = {
     ),
     "aria": LoopFamily(Parts(gate="router")),
     "llama4": LoopFamily(
-        Parts(text="language_model.model", moe="feed_forward", gate="router", scoring="sigmoid"),
+        Parts(text="language_model.model", moe="feed_forward", gate="router", scoring="sigmoid", logits=1),
         experts=False,
         prune_layers=(3,),
     ),

@@ -29,6 +29,7 @@ class Parts:
         text: path of the text model.
         norm, moe: of a layer; gate: of the MoE.
         scoring: of the gate's logits: "softmax", "sigmoid", or "none" where the gate returns probabilities.
+        logits: which of the gate's outputs are its logits.
         normalised: the gate's weights of a token have a fixed sum; else fewer are scaled to the sum of all.
         top_k: (gate, K) -> sets how many experts the gate chooses.
         vision_gate: the gate gets vision tokens alone.
@@ -44,6 +45,7 @@ class Parts:
     moe: str = "mlp"
     gate: str = "gate"
     scoring: str = "softmax"
+    logits: int = 0
     normalised: bool = True
     top_k: Callable[[nn.Module, int], None] = lambda gate, k: setattr(gate, "top_k", k)
     vision_gate: bool = False
@@ -104,10 +106,11 @@ def run(
         hidden = records["embeddings"][:, tokens]  # [1, n, H]
         carried: dict[str, Any] = {}
         for number, layer in enumerate(layers):
-            arguments = _arguments(text.config, records["layers"][number], number, tokens, held[number], hidden, parts)
+            arguments = _arguments(text.config, records["layers"][number], number, tokens, held[number], hidden, parts,
+                                   stretches[0])  # fmt: skip
             arguments |= {"past_key_values": cache} | carried
-            flags = [vision[token] and is_prompt for token in tokens]
-            if is_prompt and number in settings.prune_layers:
+            flags = [vision[token] for token in tokens]
+            if any(flags) and number in settings.prune_layers:
                 hidden, rest, tokens_left = _pruned(loop, layer, number, hidden, arguments, flags, tokens)
             else:
                 with _fewer_experts(_gate(layer, parts), parts, settings, number, flags):
@@ -121,7 +124,7 @@ def run(
             if is_prompt:
                 loop.lengths.append(len(tokens))
             features = records["features"]
-            if features is not None and number < len(features) and is_prompt:
+            if features is not None and number < len(features):
                 row = {token: i for i, token in enumerate(t for t in range(len(vision)) if vision[t])}
                 add = torch.stack([features[number][row[t]] if vision[t] else 0 * hidden[0, 0] for t in tokens])
                 hidden = hidden + add
@@ -196,7 +199,8 @@ def _record(model: nn.Module, text: nn.Module, parts: Parts, inputs: dict[str, T
 
 
 def _arguments(
-    config: Any, given: dict[str, Any], number: int, tokens: list[int], held: list[int], hidden: Tensor, parts: Parts
+    config: Any, given: dict[str, Any], number: int, tokens: list[int], held: list[int], hidden: Tensor, parts: Parts,
+    first: int,
 ) -> dict[str, Any]:
     """What a layer gets for these tokens, beside the cache."""
 
@@ -213,11 +217,12 @@ def _arguments(
     arguments |= {name: cut(given[name], 1) for name in parts.per_token}
     if "shared_kv_states" in given:
         arguments["shared_kv_states"] = type(given["shared_kv_states"])()
-    arguments["attention_mask"] = _mask(config, number, len(held), len(tokens), hidden)
+    prompt = sum(token < first for token in held)
+    arguments["attention_mask"] = _mask(config, number, len(held), len(tokens), hidden, prompt)
     return arguments
 
 
-def _mask(config: Any, number: int, held: int, new: int, hidden: Tensor) -> Tensor | None:
+def _mask(config: Any, number: int, held: int, new: int, hidden: Tensor, prompt: int) -> Tensor | None:
     """Additive [1, 1, new, keys], by places among the tokens that this layer has seen; None for a recurrent layer."""
     kinds = getattr(config, "layer_types", None)
     kind = kinds[number] if kinds else "full_attention"
@@ -231,6 +236,10 @@ def _mask(config: Any, number: int, held: int, new: int, hidden: Tensor) -> Tens
     elif kind == "chunked_attention":
         sees &= key // config.attention_chunk_size == query // config.attention_chunk_size
         sees = sees[:, max(0, held - config.attention_chunk_size + 1) :]
+    elif kind == "reference_sliding_attention" and held:
+        sees &= (key < prompt) | (key > query - config.sliding_window)
+        gone = max(0, held - prompt - config.sliding_window + 1)  # of the answer
+        sees = torch.cat((sees[:, :prompt], sees[:, prompt + gone :]), 1)
     lowest = torch.finfo(hidden.dtype).min
     return torch.zeros(sees.shape, dtype=hidden.dtype).masked_fill(~sees, lowest)[None, None]
 
@@ -300,7 +309,7 @@ def _pruned(
     def probabilities() -> list[Tensor]:
         gate = _gate(layer, parts)
         given = (moe.expert_bias,) if getattr(moe, "use_expert_bias", False) else ()
-        logits = type(gate).forward(gate, normed, *given)[0]
+        logits = type(gate).forward(gate, normed, *given)[parts.logits]
         scores = {"softmax": lambda x: x.softmax(-1), "sigmoid": lambda x: x.sigmoid(), "none": lambda x: x}
         return list(scores[parts.scoring](logits.float()))
 
