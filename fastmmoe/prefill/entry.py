@@ -23,8 +23,7 @@ class EntryPatch(Patch):
     __slots__ = ("_names",)
     level: int  # see `Call.at`
 
-    def put(self) -> None:
-        super().put()
+    def prepare(self) -> None:
         self._names = [name for name in inspect.signature(type(self.module).forward).parameters if name != "self"]
 
     @torch.compiler.disable(recursive=False)

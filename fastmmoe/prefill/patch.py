@@ -51,10 +51,14 @@ class Patch:
         name = FORWARDS["_hf_hook" in attributes and "_old_forward" in attributes]
         self._before = attributes.get(name)
         self.stock = self._before or own_forward(self.module)
+        self.prepare()  # from the next line on another thread may call it
         attributes[name] = self
         # copy and pickle ask the instance for it, before its class
         self._reduce = attributes[REDUCE] = _StockReduce(self)
         self.live = True
+
+    def prepare(self) -> None:
+        """Read off the module what the patch must know."""
 
     def take_off(self) -> None:
         """Take it off, unless something else stands in its place."""

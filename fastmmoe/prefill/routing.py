@@ -20,8 +20,7 @@ class GatePatch(Patch):
     __slots__ = ("_is_known",)
     part = "gate"
 
-    def put(self) -> None:
-        super().put()
+    def prepare(self) -> None:
         # of the family's class, whatever loads or adapts its weight
         name = type(self.module).__name__.removeprefix("Parametrized")
         self._is_known = self.is_bare and name == self.installation.family.gate_class
@@ -88,8 +87,7 @@ class ExpertsPatch(Patch):
     __slots__ = ("form", "_is_known")
     part = "experts"
 
-    def put(self) -> None:
-        super().put()
+    def prepare(self) -> None:
         try:
             self.form = expert_form(self.module, self.installation.family.plain_experts)
         except ValueError:

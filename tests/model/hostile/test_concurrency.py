@@ -334,3 +334,23 @@ def test_blocks_that_overlap_in_two_tasks(model, before, family):
     assert len(prune) == 3 and all(torch.equal(got, enabled_logits(family, "prune")) for got in prune)
     assert len(none) == 3 and all(torch.equal(got, stock_logits(family)) for got in none)
     assert_stock(model, family, before)
+
+
+# ------------------------------------------------------------------------------------------------ a patch as it is put
+
+
+def test_a_patch_is_whole_before_another_thread_can_call_it(model, family, monkeypatch):
+    """It was put first and read its module then: a forward in between found it without its attributes."""
+    from fastmmoe.prefill.patch import Patch
+
+    put, found = Patch.put, []
+
+    def look(patch):
+        put(patch)
+        # of `__slots__`, down to the class's own
+        names = [name for kind in type(patch).__mro__ for name in getattr(kind, "__slots__", ())]
+        found.extend((type(patch).__name__, name) for name in names if not hasattr(patch, name))
+
+    monkeypatch.setattr(Patch, "put", look)
+    fastmmoe.enable(model, config_of("both"))
+    assert not found
