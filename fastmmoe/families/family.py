@@ -133,6 +133,7 @@ class Family:
             already: "none"; "source", the tokens' original ones; "slot", their places among the tokens that are left.
         injected: the text model's arguments with the mask and the list of features that it adds to vision tokens
             behind its first layers; None: it does not.
+        hidden_states_obstacle: why its layers' hidden states, shorter behind a prune layer, must not be asked for; or "".
         shorten_cache: (a layer's part of the cache, how many tokens of a prompt it will not get) -> tells it, in front
             of the layer, where `generate` has told it how many to expect.
         rows_by: dimensions of the position ids by which the model's own masks keep samples in one row apart.
@@ -179,6 +180,7 @@ class Family:
     per_token: tuple[str, ...] = ()
     positions: str = "none"
     injected: tuple[str, str] | None = None
+    hidden_states_obstacle: str = ""
     shorten_cache: Callable[[Any, int], Any] = _none
     rows_by: tuple[int, ...] = (2, 3)
     masks: Mapping[str, Callable[..., torch.Tensor | None]] = field(default_factory=dict)

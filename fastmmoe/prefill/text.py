@@ -58,7 +58,7 @@ class TextPatch(EntryPatch):
         if plan is None or (vision is None and layout is None and state is None):
             self._warn_of_embeddings(call, inputs)
             return None
-        self._check_inputs(inputs)
+        self._check_inputs(plan, inputs)
         if inputs.get("cu_seq_lens_q") is not None:
             return self._packed(plan, inputs, vision, layout)
         if layout is not None:
@@ -209,7 +209,7 @@ class TextPatch(EntryPatch):
 
     # ---------------------------------------------------------------- what is refused
 
-    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+    def _check_inputs(self, plan: Plan, inputs: dict[str, Any]) -> None:
         """Refuse a forward that FastMMoE cannot take part in."""
         if self.module.training:
             raise RuntimeError(
@@ -217,6 +217,9 @@ class TextPatch(EntryPatch):
             )
         if inputs.get("output_router_logits") or getattr(self.module.config, "output_router_logits", False):
             raise ValueError("output_router_logits: not supported while FastMMoE is enabled, got True")
+        obstacle = self.installation.family.hidden_states_obstacle
+        if obstacle and plan.stages and inputs.get("output_hidden_states"):
+            raise ValueError(f"output_hidden_states: not supported where tokens are pruned, got True: {obstacle}")
 
     def _check_windows(self, mask: Any) -> None:
         """Refuse one mask for layers of all kinds, which says that none of them has a window."""

@@ -162,18 +162,13 @@ def test_the_thinker_of_a_whole_omni_model():
     assert torch.equal(got, want)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the talker reads pruned hidden states by the whole prompt")
-def test_the_talker_of_a_whole_omni_model_speaks_about_a_pruned_prompt(monkeypatch):
-    """`generate` of the whole model speaks by default. The talker takes hidden states of a layer behind pruning."""
-    model = omni(4)
-    spoken = {}
-
-    def speak(*args, **kwargs):
-        spoken.update(kwargs)
-        raise StopIteration  # what it is handed is right; the rest is the stock model's
-
-    monkeypatch.setattr(model.talker, "generate", speak)
+def test_the_talker_of_a_whole_omni_model_and_a_pruned_prompt():
+    """`generate` of the whole model speaks by default: the talker looks the prompt's tokens up in hidden states."""
+    model, config = omni(4), config_of("qwen3_omni_moe_thinker")
     inputs = prompt("qwen3_omni_moe_thinker", ((80, 83, 5, 6), (7, 81, 80, 84)))
-    with fastmmoe.enabled(model, config_of("qwen3_omni_moe_thinker")), pytest.raises(StopIteration):
-        model.generate(**inputs, thinker_max_new_tokens=3, speaker="Ethan")
-    assert spoken["inputs_embeds"].shape[1] > 16
+    with fastmmoe.enabled(model, config):
+        with pytest.raises(ValueError, match="output_hidden_states.*return_audio=False"):
+            model.generate(**inputs, thinker_max_new_tokens=3, speaker="Ethan")
+        silent = model.generate(**inputs, thinker_max_new_tokens=3, return_audio=False)
+        alone = model.thinker.generate(**inputs, max_new_tokens=3)
+    assert torch.equal(getattr(silent, "sequences", silent), alone)
