@@ -133,7 +133,7 @@ class Family:
             already: "none"; "source", the tokens' original ones; "slot", their places among the tokens that are left.
         injected: the text model's arguments with the mask and the list of features that it adds to vision tokens
             behind its first layers; None: it does not.
-        hidden_states_obstacle: why its layers' hidden states, shorter behind a prune layer, must not be asked for; or "".
+        hidden_states_obstacle: why its layers' hidden states, shorter behind a prune layer, must not be had; or "".
         shorten_cache: (a layer's part of the cache, how many tokens of a prompt it will not get) -> tells it, in front
             of the layer, where `generate` has told it how many to expect.
         rows_by: dimensions of the position ids by which the model's own masks keep samples in one row apart.
