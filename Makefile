@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
 	@echo "make test       all tests"
-	@echo "make nightly    long random sequences of uses of a model"
+	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU"
 	@echo "make wheel      build dist/fastmmoe-*.whl"
@@ -41,6 +41,8 @@ test: $(STAMP)
 nightly: $(STAMP)
 	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		--dist load tests/model/test_state_machine.py
+	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
+		tests/model/test_parity_families.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
