@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from fastmmoe.families.kinds import layer_kind
 from fastmmoe.prefill.patch import Patch
 from fastmmoe.prefill.running import RUNNING
@@ -12,9 +10,20 @@ from fastmmoe.prefill.stage import prune
 
 
 class LayerPatch(Patch):
-    """Runs a decoder layer on the tokens that are left, and at a prune layer returns fewer than it got."""
+    """Runs a decoder layer on the tokens that are left, and at a prune layer returns fewer than it got.
 
-    __slots__ = ()
+    Attributes:
+        kind: of its attention.
+        cache_layer: the number by which the cache knows it: that which its attention was made with.
+    """
+
+    __slots__ = ("kind", "cache_layer")
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.kind = layer_kind(self.installation.text.config, self.number)
+        attention = self.module._modules.get(self.installation.family.attention)
+        self.cache_layer = getattr(attention, "layer_idx", self.number)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = RUNNING.forward
@@ -30,7 +39,7 @@ class LayerPatch(Patch):
         if not plan.pruning.prunes(plan.stages[number], forward.segments[-1].layout):
             forward.segments.append(forward.segments[-1])
             return self._injected(forward, self.stock(*args, **kwargs))
-        stage = forward.stage = Stage(plan.stages[number], layer_kind(forward.text_config, number), cut)
+        stage = forward.stage = Stage(plan.stages[number], self.kind, cut)
         output = self.stock(*args, **kwargs)
         if plan.config.prunes_behind_layer:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -66,19 +75,18 @@ class LayerPatch(Patch):
             return unchanged
         if segment.index is not None and forward.cache is not None:
             removed = forward.segments[0].shape[1] - segment.shape[1]
-            for cached in forward.cache.layers[self._cache_layer : self._cache_layer + 1]:
+            for cached in forward.cache.layers[self.cache_layer : self.cache_layer + 1]:
                 family.shorten_cache(cached, removed)
         hidden = args[0] if args else kwargs["hidden_states"]
-        kind = layer_kind(forward.text_config, self.number)
         if not is_decoding:
-            kwargs["attention_mask"] = forward.attention_mask_for(behind, kind, self._cache_layer, hidden)
+            kwargs["attention_mask"] = forward.attention_mask_for(behind, self.kind, self.cache_layer, hidden)
         if family.positions == "slot":
             kwargs["position_ids"] = forward.slots(behind, hidden.device)
         if segment.index is None:
             return unchanged
 
         def cut(name: str, value: Any, dim: int = 1) -> Any:
-            return forward.gathered(name, kind, behind, value, dim)
+            return forward.gathered(name, self.kind, behind, value, dim)
 
         kwargs["position_embeddings"] = cut("position_embeddings", kwargs.get("position_embeddings"))
         if family.positions == "source":
@@ -93,9 +101,3 @@ class LayerPatch(Patch):
             kwargs |= dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
             kwargs |= dict(max_length_q=longest, max_length_k=longest)
         return [(shorter[name], value) for name, value in per_token.items()]
-
-    @property
-    def _cache_layer(self) -> int:
-        """The number by which the cache knows the layer: that which its attention was made with."""
-        attention: torch.nn.Module | None = self.module._modules.get(self.installation.family.attention)
-        return getattr(attention, "layer_idx", self.number)

@@ -43,9 +43,10 @@ class GatePatch(Patch):
             backend=config.backend,
             **family.routing_options(gate, *args),
         )
-        if self.is_bare and is_linear(gate, hidden, family):
+        linear = linear_options(gate, hidden, family) if self.is_bare else None
+        if linear is not None:
             flat = hidden.reshape(-1, hidden.shape[-1])
-            routing = gate_routing(flat, gate.weight, **family.linear(gate), **options)
+            routing = gate_routing(flat, gate.weight, **linear, **options)
             forward.gates[self.number] = routing.logits.shape[-1]
             return family.gate_output(gate, routing.logits, routing)
         output = self.stock(hidden, *args)
@@ -152,9 +153,9 @@ def gate_probs(
     flat, options = hidden.reshape(-1, hidden.shape[-1]), family.routing_options(inside, *args)
     patch = vars(gate).get("forward")
     is_bare = inside is gate and (patch is None or isinstance(patch, Patch) and patch.is_bare)
-    if is_bare and is_linear(gate, hidden, family):
-        options |= family.linear(gate)
-        probs = gate_routing(flat, gate.weight, **options, return_probs=True, backend=backend).probs
+    linear = linear_options(gate, hidden, family) if is_bare else None
+    if linear is not None:
+        probs = gate_routing(flat, gate.weight, **linear, **options, return_probs=True, backend=backend).probs
     else:
         forward.probing = True
         try:
@@ -166,19 +167,18 @@ def gate_probs(
     return probs.view(*hidden.shape[:-1], -1)
 
 
-def is_linear(gate: nn.Module, hidden: torch.Tensor, family: Family) -> bool:
-    """Whether a gate's logits are its weight times hidden.
+def linear_options(gate: nn.Module, hidden: torch.Tensor, family: Family) -> dict[str, Any] | None:
+    """The options of `gate_routing`, beside the weight, that make a gate's logits of hidden; None: no options do.
 
-    It is the family's own class, with nothing in or around it, no parameters but those that the family tells of, and
-    its weight is at hand.
+    It must be the family's own class, with nothing in or around it, no parameters but those that the family tells of,
+    and its weight at hand.
     """
     weight = gate._parameters.get("weight")
-    if family.linear is None or type(gate).__name__ != family.gate_class or weight is None:
-        return False
-    known = {id(weight), *map(id, family.linear(gate).values())}
-    return (
-        all(other is None or id(other) in known for other in gate._parameters.values())
-        and not gate._modules
-        and weight.device == hidden.device
-        and weight.dtype == hidden.dtype
-    )
+    if family.linear is None or weight is None or gate._modules or type(gate).__name__ != family.gate_class:
+        return None
+    if weight.device != hidden.device or weight.dtype != hidden.dtype:
+        return None
+    options = family.linear(gate)
+    known = (weight, *options.values())
+    is_whole = all(other is None or any(other is one for one in known) for other in gate._parameters.values())
+    return options if is_whole else None

@@ -292,13 +292,12 @@ class ForwardPass:
             value: a tensor with the tokens at `dim` (negative ones count from the end), or a tree of them; others stay
                 what they are.
         """
-        tensors, tree = tree_flatten(value)
-        device = next((leaf.device for leaf in tensors if isinstance(leaf, torch.Tensor)), None)
-        key = (name, kind, number, device)
-        known = self._memo.get(key)
-        if known is None or any(old is not new for old, new in zip(known[0], tensors, strict=True)):
-            cut = [self._gather(leaf, number, dim) if isinstance(leaf, torch.Tensor) else leaf for leaf in tensors]
-            known = self._memo[key] = tensors, tree_unflatten(cut, tree)
+        known = self._memo.get((name, kind, number))
+        # the layers of a kind are handed the same, until they are on another device
+        if known is None or known[0] is not value:
+            leaves, tree = tree_flatten(value)
+            cut = [self._gather(leaf, number, dim) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            known = self._memo[(name, kind, number)] = value, tree_unflatten(cut, tree)
         return known[1]
 
     def _gather(self, tensor: torch.Tensor, number: int, dim: int) -> torch.Tensor:
