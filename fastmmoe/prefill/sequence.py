@@ -79,6 +79,13 @@ class Stage:
     short: torch.Tensor | None = None
 
 
+def _is_same(old: Any, new: Any) -> bool:
+    """Whether an argument is that of another layer; of tuples, torch.compile tells only their members apart."""
+    if isinstance(new, tuple) and isinstance(old, tuple):
+        return len(old) == len(new) and all(one is other for one, other in zip(old, new, strict=True))
+    return old is new
+
+
 @dataclass
 class ForwardPass:
     """One forward pass of the text model with vision tokens, or on a cache that holds pruned ones.
@@ -294,7 +301,7 @@ class ForwardPass:
         """
         known = self._memo.get((name, kind, number))
         # the layers of a kind are handed the same, until they are on another device
-        if known is None or known[0] is not value:
+        if known is None or not _is_same(known[0], value):
             leaves, tree = tree_flatten(value)
             cut = [self._gather(leaf, number, dim) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             known = self._memo[(name, kind, number)] = value, tree_unflatten(cut, tree)
