@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastmmoe
-from fastmmoe import FastMMoEConfig
+from fastmmoe import FastMMoEConfig, SparseVLMConfig
 from fastmmoe.families import find_text_model
 
 from . import naive_loop, tiny_families
@@ -150,3 +150,21 @@ def compare(
         steps = [first.logits[step][row] for step in range(ANSWER)] + [second.logits[0][row]]
         for got, expected in zip(steps, logits, strict=True):
             torch.testing.assert_close(got, expected[-1], rtol=0, atol=loop.tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in LOOPS if LOOPS[name].prune_layers and LOOPS[name].batch])
+@torch.no_grad()
+def test_token_recycling_in_a_batch_is_what_it_is_alone(name):
+    """The method that hands most to its stages: text-guided scores, clusters of recycled tokens."""
+    model, alone = samples(name)
+    layer = LOOPS[name].prune_layers[:1]
+    batch = padded(alone)
+    if LOOPS[name].positions:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with fastmmoe.enabled(model, SparseVLMConfig(layer, counts=(6,))):
+        logits = model(**batch).logits[:, -1]
+        left = fastmmoe.report(model).stages[0]
+        for row, inputs in enumerate(alone):
+            torch.testing.assert_close(logits[row], model(**inputs).logits[0, -1], rtol=0, atol=LOOPS[name].tolerance)
+    counts = zip(left.kept, left.merged, left.entering, strict=True)
+    assert all(kept + merged < entering for kept, merged, entering in counts)
