@@ -86,7 +86,7 @@ class Layer:
         return self.mixer.flops(text + vision) + tokens
 
 
-def _no_weights(config: Any, layer: int) -> int:
+def no_weights(config: Any, layer: int) -> int:
     return 0
 
 
@@ -110,7 +110,7 @@ class Architecture:
 
     @classmethod
     def from_config(
-        cls, model_or_config: Any, mixer_weights: Callable[[Any, int], int] = _no_weights
+        cls, model_or_config: Any, mixer_weights: Callable[[Any, int], int] = no_weights
     ) -> "Architecture":
         """Read the sizes from a transformers config (a composite one's text config) or a model.
 
@@ -140,7 +140,7 @@ class Architecture:
         return cls(config.hidden_size, num_experts, top_k, tuple(layers))
 
     @classmethod
-    def of(cls, mixer_weights: Callable[[Any, int], int] = _no_weights, **sizes: Any) -> "Architecture":
+    def of(cls, mixer_weights: Callable[[Any, int], int] = no_weights, **sizes: Any) -> "Architecture":
         """Read the sizes from attributes named as in a transformers config."""
         return cls.from_config(SimpleNamespace(**sizes), mixer_weights)
 

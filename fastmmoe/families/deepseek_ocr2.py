@@ -1,6 +1,6 @@
 """DeepSeek-OCR-2."""
 
-from fastmmoe.families.architecture import Architecture
+from fastmmoe.families.deepseek_v2 import DEEPSEEK_VL2_TINY
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import unnormalised_softmax_gate
 
@@ -18,20 +18,6 @@ DEEPSEEK_OCR2 = Family(
         num_experts_per_tok=6,
         prune_layers=(1, 2, 3),
     ),
-    architectures={
-        "deepseek-ocr-2": Architecture.of(
-            num_hidden_layers=12,
-            hidden_size=1280,
-            num_attention_heads=10,
-            num_key_value_heads=10,
-            head_dim=128,
-            n_routed_experts=64,
-            num_experts_per_tok=6,
-            moe_intermediate_size=896,
-            intermediate_size=6848,
-            n_shared_experts=2,
-            first_k_dense_replace=1,
-        )
-    },
+    architectures={"deepseek-ocr-2": DEEPSEEK_VL2_TINY},
     checkpoint="deepseek-ai/DeepSeek-OCR-2",
 )

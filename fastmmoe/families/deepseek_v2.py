@@ -10,7 +10,7 @@ from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.tiling import Tiling, fitted, grid
 
-_DEEPSEEK_VL2_TINY = Architecture.of(
+DEEPSEEK_VL2_TINY = Architecture.of(
     num_hidden_layers=12,
     hidden_size=1280,
     num_attention_heads=10,
@@ -126,7 +126,7 @@ DEEPSEEK_VL2 = Family(
     ),
     # hub names that start with one are found too, so a name stands in front of its own start
     architectures={
-        "deepseek-vl2-tiny": _DEEPSEEK_VL2_TINY,
+        "deepseek-vl2-tiny": DEEPSEEK_VL2_TINY,
         "deepseek-vl2-small": _DEEPSEEK_VL2_SMALL,
         "deepseek-vl2": _DEEPSEEK_VL2,
     },

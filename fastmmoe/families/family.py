@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmmoe.families.architecture import Architecture, dense_layers
+from fastmmoe.families.architecture import Architecture, dense_layers, no_weights
 from fastmmoe.families.kinds import layer_kind
 from fastmmoe.families.tiling import Tiling
 from fastmmoe_kernels import GateOutput, RoutingOutput
@@ -69,10 +69,6 @@ def _sum(layer: nn.Module, residual: torch.Tensor, output: torch.Tensor) -> torc
 
 def _none(*_: Any) -> str:
     return ""
-
-
-def _no_weights(*_: Any) -> int:
-    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +154,7 @@ class Family:
     port: str = ""
     random_model: str = ""
 
-    mixer_weights: Callable[[Any, int], int] = _no_weights
+    mixer_weights: Callable[[Any, int], int] = no_weights
     attention: str = "self_attn"
     norm: str = "post_attention_layernorm"
     moe: str = "mlp"

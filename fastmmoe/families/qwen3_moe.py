@@ -12,7 +12,7 @@ from fastmmoe.families.tiling import Tiling, tiled
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_QWEN3_30B_A3B = Architecture.of(
+QWEN3_30B_A3B = Architecture.of(
     num_hidden_layers=48,
     hidden_size=2048,
     num_attention_heads=32,
@@ -23,7 +23,7 @@ _QWEN3_30B_A3B = Architecture.of(
     moe_intermediate_size=768,
 )
 
-_QWEN3_235B_A22B = Architecture.of(
+QWEN3_235B_A22B = Architecture.of(
     num_hidden_layers=94,
     hidden_size=4096,
     num_attention_heads=64,
@@ -80,7 +80,7 @@ INTERNVL_QWEN3_MOE = Family(
         merge_ratio=0.025,
         official=True,
     ),
-    architectures={"internvl3.5-30b-a3b": _QWEN3_30B_A3B, "internvl3.5-241b-a28b": _QWEN3_235B_A22B},
+    architectures={"internvl3.5-30b-a3b": QWEN3_30B_A3B, "internvl3.5-241b-a28b": QWEN3_235B_A22B},
     checkpoint="OpenGVLab/InternVL3_5-30B-A3B-HF",
     load_processor=load_internvl_processor,
     tilings=internvl_tilings,

@@ -1,8 +1,8 @@
 """The thinker of Qwen3-Omni with experts: its images and videos; audio tokens count as text."""
 
-from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.qwen3_moe import QWEN3_30B_A3B
 from fastmmoe.families.tiling import grid_tilings
 
 QWEN3_OMNI_MOE = Family(
@@ -22,18 +22,7 @@ QWEN3_OMNI_MOE = Family(
         num_experts_per_tok=8,
         prune_layers=(5, 8, 12),
     ),
-    architectures={
-        "qwen3-omni-30b-a3b": Architecture.of(
-            num_hidden_layers=48,
-            hidden_size=2048,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=768,
-        )
-    },
+    architectures={"qwen3-omni-30b-a3b": QWEN3_30B_A3B},
     checkpoint="Qwen/Qwen3-Omni-30B-A3B-Instruct",
     tilings=grid_tilings,
 )

@@ -1,8 +1,8 @@
 """Qwen3-VL with experts."""
 
-from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+from fastmmoe.families.qwen3_moe import QWEN3_30B_A3B, QWEN3_235B_A22B
 from fastmmoe.families.tiling import grid_tilings
 
 QWEN3_VL_MOE = Family(
@@ -21,26 +21,8 @@ QWEN3_VL_MOE = Family(
         prune_layers=(5, 8, 12),
     ),
     architectures={
-        "qwen3-vl-30b-a3b": Architecture.of(
-            num_hidden_layers=48,
-            hidden_size=2048,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=768,
-        ),
-        "qwen3-vl-235b-a22b": Architecture.of(
-            num_hidden_layers=94,
-            hidden_size=4096,
-            num_attention_heads=64,
-            num_key_value_heads=4,
-            head_dim=128,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=1536,
-        ),
+        "qwen3-vl-30b-a3b": QWEN3_30B_A3B,
+        "qwen3-vl-235b-a22b": QWEN3_235B_A22B,
     },
     checkpoint="Qwen/Qwen3-VL-30B-A3B-Instruct",
     tilings=grid_tilings,

@@ -16,7 +16,8 @@ from fastmmoe_kernels.experts.reference import activate
 
 # how transformers' experts modules describe themselves, and how those do that follow its oldest layout and say nothing
 FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-PROBE = (-30.0, -3.0, -1.0, -0.3, 0.2, 0.6, 1.7, 4.0, 30.0)
+# on both sides of any limit that a module clamps at
+PROBE = (-1e4, -1e3, -100.0, -30.0, -3.0, -1.0, -0.3, 0.2, 0.6, 1.7, 4.0, 30.0, 100.0, 1e3, 1e4)
 
 
 class ExpertForm(NamedTuple):

@@ -52,11 +52,13 @@ class GatePatch(Patch):
         output = self.stock(hidden, *args)
         logits = family.logits(output)
         if not self._is_known:
-            self._check_choice(logits, *output[1:3])
+            self._check_choice(logits, *output[1:3], family.routing_options(gate, *args))
         forward.gates[self.number] = logits.shape[-1]
         return family.gate_output(gate, logits, topk_routing(logits, **options))
 
-    def _check_choice(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    def _check_choice(
+        self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, options: dict[str, Any]
+    ) -> None:
         """Refuse a gate whose own choice does not follow from its logits as the family's does. Waits for the device.
 
         Once: what it does for one batch it does for all.
@@ -64,7 +66,7 @@ class GatePatch(Patch):
         Raises:
             RuntimeError: weights [T, K] and ids [T, K] are not those of the logits [T, E].
         """
-        routing = topk_routing(logits, **self.installation.family.routing_options(self.module), backend="torch")
+        routing = topk_routing(logits, **options, backend="torch")
         # in order: of experts that tie, as at padding, another one may be chosen
         chosen = [
             torch.stack((logits.float().gather(1, to.long()).sort(1).values, share.float().sort(1).values))

@@ -100,8 +100,7 @@ class ForwardPass:
         back: how many tokens the query of the attention row lies in front of a sample's last token.
         prompt: what the pruning read of the forward's input embeddings.
         injected: (bool [B, n], features [V, H] of those tokens per layer), what is added to vision tokens behind the
-            first layers; None: nothing.
-        injects_from: the first layer behind which it is added here; before, the stock model adds it.
+            first layers; None: nothing. In front of the first prune layer the stock model adds it.
         stage: the prune layer under way, if it has tokens to prune.
         probing: a gate is asked for its probabilities: it does not choose experts.
         gates: layers whose gate gave vision tokens fewer experts, and how many experts each has.
@@ -119,7 +118,6 @@ class ForwardPass:
     back: int = 0
     prompt: torch.Tensor | None = None
     injected: tuple[torch.Tensor, list[torch.Tensor]] | None = None
-    injects_from: int = 0
     stage: Stage | None = None
     probing: bool = False
     gates: dict[int, int] = field(default_factory=dict)
@@ -174,7 +172,7 @@ class ForwardPass:
 
         A merged token takes those of the token it stands at.
         """
-        if self.injected is None or not self.injects_from <= layer < len(self.injected[1]):
+        if self.injected is None or not self.plan.first_stage <= layer < len(self.injected[1]):
             return hidden
         number = sum(prune_layer <= layer for prune_layer in self.plan.stages)
         mask, features = self.injected[0].to(hidden.device), self.injected[1][layer].to(hidden.device, hidden.dtype)

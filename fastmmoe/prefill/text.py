@@ -46,7 +46,6 @@ class TextPatch(EntryPatch):
             return args, kwargs
         # from the first prune layer on the model would add them to tokens that are gone
         forward.injected = mask, features
-        forward.injects_from = first
         return args, kwargs | {names[1]: features[:first]}
 
     # ---------------------------------------------------------------- what a forward is

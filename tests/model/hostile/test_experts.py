@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
+from fastmmoe.prefill.expert_form import expert_form
 
 from .common import batch_of, close, config_of, fewer_experts_by_hand, fresh, layers_of, logits_of, same, vision_of
 
@@ -40,6 +41,16 @@ REFUSED = {
     "muse_spark": "MuseSparkExperts",  # a norm behind each expert
     "step3p7": "Step3p7Experts",  # clamps after it, and does not ask the interface
 }
+
+
+@pytest.mark.parametrize("limit", [0.5, 7.0, 60.0, 2000.0])
+@pytest.mark.parametrize("family", ["glm5_next", "minimax_m3_vl", "gpt_oss"])
+def test_a_limit_of_any_size_is_found(family, limit):
+    """One that only large numbers reach is none that may be forgotten."""
+    experts = experts_of(family, COMPUTED[family])
+    for name in vars(experts).keys() & {"limit", "swiglu_limit"}:
+        setattr(experts, name, limit)
+    assert expert_form(experts).options["limit"] == limit
 
 
 def experts_of(family, name):
