@@ -25,7 +25,7 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
         return "triton" if tensor.is_cuda and TRITON_INSTALLED else "torch"
     if backend == "triton" and not TRITON_INSTALLED:
         raise RuntimeError("backend='triton': Triton is not installed (pip install 'fastmmoe[triton]')")
-    if backend == "triton" and not tensor.is_cuda and not _interpreting():
+    if backend == "triton" and not tensor.is_cuda and not interpreting():
         raise RuntimeError(
             f"backend='triton': a tensor on {tensor.device.type!r} needs TRITON_INTERPRET=1 in the environment "
             "before Python starts; use backend='auto' or 'torch' to run on this device"
@@ -33,6 +33,7 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     return backend
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter."""
     # what Triton takes for true; `triton.knobs.runtime.interpret` itself cannot be traced by torch.compile
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")

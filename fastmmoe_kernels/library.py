@@ -7,6 +7,9 @@ from functools import cache
 
 import torch
 
+from fastmmoe_kernels.backend import interpreting
+from fastmmoe_kernels.interpreter import mend_interpreter
+
 
 def register(name: str, reference: Callable, triton: str, fake: Callable) -> torch._ops.OpOverload:
     """Make `fastmmoe::name` of a typed function that changes none of its arguments.
@@ -32,6 +35,8 @@ def register(name: str, reference: Callable, triton: str, fake: Callable) -> tor
 
     @cache
     def load_triton() -> Callable:
+        if interpreting():
+            mend_interpreter()
         return pkgutil.resolve_name(triton)
 
     def call(function: Callable, arguments: tuple):

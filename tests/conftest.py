@@ -5,10 +5,15 @@ import os
 import pytest
 import torch
 
+from fastmmoe_kernels.backend import TRITON_INSTALLED
+from fastmmoe_kernels.interpreter import mend_interpreter
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # before any kernel module is imported: triton.jit decides at decoration time
     os.environ["TRITON_INTERPRET"] = "1"
+    if TRITON_INSTALLED:
+        mend_interpreter()
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
