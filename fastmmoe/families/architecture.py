@@ -239,7 +239,7 @@ def _mixer(config: Any, layer: int, more_weights: int) -> Mixer:
     if kind in RECURRENT:
         weights, state = _recurrent(config)
         return Mixer(weights=weights + more_weights, state=state)
-    has_indexer = kind.endswith(("indexed_attention", "sparse"))
+    has_indexer = kind.endswith(("indexed_attention", "sparse", "sparse_attention"))
     if kind not in _ATTENTION and not has_indexer:
         raise _UnknownKindError(repr(kind))
     is_latent = bool(getattr(config, "kv_lora_rank", None)) and getattr(config, "use_mla", True)

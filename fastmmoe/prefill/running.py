@@ -46,8 +46,10 @@ class Running(threading.local):
         forward: the text model's forward under way, if it is pruned, reduced, or on a pruned cache.
     """
 
-    call: Call | None = None
-    forward: "ForwardPass | None" = None
+    def __init__(self) -> None:
+        # in every thread. Defaults of the class are what torch.compile takes for the values before torch 2.13
+        self.call: Call | None = None
+        self.forward: ForwardPass | None = None
 
 
 RUNNING = Running()

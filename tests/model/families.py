@@ -12,7 +12,7 @@ from . import tiny_families
 from .naive_loop import Parts
 from .tiny import tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_batch, tiny_deepseek_vl2
-from .tiny_families import IMAGE, VIDEO
+from .tiny_families import IMAGE, IS_5_17, VIDEO
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class LoopFamily:
         batch: whether a padded batch is what its samples are alone, in the stock model too.
         placeholders: ids of vision tokens.
         tolerance: absolute, of the logits.
+        second_turn: whether the stock model answers one on a cache.
     """
 
     parts: Parts = Parts()
@@ -53,6 +54,7 @@ class LoopFamily:
     batch: bool = True
     placeholders: tuple[int, ...] = (IMAGE, VIDEO)
     tolerance: float = 2e-5
+    second_turn: bool = True
 
 
 def _config_top_k(gate: torch.nn.Module, k: int) -> None:
@@ -73,12 +75,13 @@ LOOPS = {
         Parts(norm="ffn_norm", moe="feed_forward", scoring="sigmoid", final_norm="embedding_norm")
     ),
     "qwen3_vl_moe": LoopFamily(prune_layers=(0, 2)),
-    "qwen3_omni_moe_thinker": LoopFamily(),
+    "qwen3_omni_moe_thinker": LoopFamily(Parts(text="model") if IS_5_17 else Parts()),
     "qwen3_5_moe": LoopFamily(prune_layers=(3,), tolerance=5e-3),
     "glm4v_moe": LoopFamily(Parts(scoring="sigmoid")),
     "kimi_k25": LoopFamily(Parts(scoring="sigmoid")),
     "ernie4_5_vl_moe": LoopFamily(
-        Parts(gate="vision_moe.gate", vision_gate=True, per_token=("moe_mm_token_type_ids",))
+        Parts(gate="vision_moe.gate", vision_gate=True, per_token=("moe_mm_token_type_ids",)),
+        second_turn=not IS_5_17,
     ),
     "aria": LoopFamily(Parts(gate="router")),
     "llama4": LoopFamily(
@@ -143,6 +146,8 @@ TYPES = {
     "inkling2": "inkling2+inkling2_text",
     "nemotron_h_omni": "nemotron_h_omni+nemotron_h",
 }
+LOOPS = {name: loop for name, loop in LOOPS.items() if name in tiny_families.FAMILIES}
+ABSENT = {family for name, family in TYPES.items() if name in tiny_families.ABSENT}
 
 
 def samples(name: str, seed: int = 0) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:

@@ -128,15 +128,18 @@ def compare(
         ids = torch.cat((first.sequences, turn), 1)
         answer = ids[:, shape[1] :]
         text_only = {k: v for k, v in extended(batch, answer).items() if v.shape == ids.shape and k != "input_ids"}
-        generate |= dict(min_new_tokens=1, max_new_tokens=1)
-        second = model.generate(input_ids=ids, **text_only, past_key_values=first.past_key_values, **generate)
+        turns = [*first.logits]
+        if loop.second_turn:
+            generate |= dict(min_new_tokens=1, max_new_tokens=1)
+            second = model.generate(input_ids=ids, **text_only, past_key_values=first.past_key_values, **generate)
+            turns.append(second.logits[0])
     assert torch.equal(model(**batch).logits, stock)
 
     for row, inputs in enumerate(alone):
         n = inputs["input_ids"].shape[1]
         offset = shape[1] - n
         vision = [token in loop.placeholders for token in inputs["input_ids"][0].tolist()] + [False] * answer.shape[1]
-        stretches = [n, *[1] * (ANSWER - 1), 1 + len(TURN)]
+        stretches = [n, *[1] * (ANSWER - 1), *[1 + len(TURN)] * loop.second_turn]
         given = model, loop.parts, settings_of(config), extended(inputs, answer[row : row + 1]), vision
         if loop.prune_layers:
             want = naive_loop.run(*given, stretches)
@@ -147,9 +150,8 @@ def compare(
         else:
             kept, logits = torch.arange(n), naive_loop.run_whole(*given, stretches)
         torch.testing.assert_close(prompt[row, offset + kept], logits[0], rtol=0, atol=loop.tolerance)
-        steps = [first.logits[step][row] for step in range(ANSWER)] + [second.logits[0][row]]
-        for got, expected in zip(steps, logits, strict=True):
-            torch.testing.assert_close(got, expected[-1], rtol=0, atol=loop.tolerance)
+        for got, expected in zip(turns, logits, strict=True):
+            torch.testing.assert_close(got[row], expected[-1], rtol=0, atol=loop.tolerance)
 
 
 @pytest.mark.parametrize("name", [name for name in LOOPS if LOOPS[name].prune_layers and LOOPS[name].batch])
