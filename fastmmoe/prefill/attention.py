@@ -20,14 +20,25 @@ from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
 
 
-class CapturingName(str):
-    """Equal to the name of an attention implementation, but another key in a dict."""
-
+class _OtherKey(str):
     __slots__ = ()
     __eq__ = str.__eq__
 
     def __hash__(self) -> int:
         return hash(("fastmmoe", str(self)))
+
+
+class CapturingName(_OtherKey):
+    """Equal to the name of an attention implementation, but another key in a dict.
+
+    torch.compile of torch 2.11 refuses a class with a hash of its own, not one that inherits it, and takes only one and
+    the same object for the same key.
+    """
+
+    __slots__ = ()
+
+
+_NAMES: dict[str, CapturingName] = {}
 
 
 def capturing_attention(
@@ -67,13 +78,13 @@ class AttentionPatch(ConfigPatch):
         stage = forward.stage
         if stage is None or stage.seen is not None or not forward.plan.pruning.looks:
             return value
-        return CapturingName(value)
+        return _NAMES.get(value, value)
 
 
 def register_capture(implementation: str) -> None:
     """Let the capturing name of an implementation be found."""
-    name = CapturingName(implementation)
-    if name not in ALL_ATTENTION_FUNCTIONS:
+    if implementation not in _NAMES:
+        name = _NAMES[implementation] = CapturingName(implementation)
         ALL_ATTENTION_FUNCTIONS.register(name, capturing_attention)
 
 
