@@ -18,6 +18,7 @@ from fastmmoe.prefill.block import Block, innermost_block
 from fastmmoe.prefill.entry import HeadPatch, ParentPatch
 from fastmmoe.prefill.layer import LayerPatch
 from fastmmoe.prefill.patch import ConfigPatch, Patch, innermost, patches_on
+from fastmmoe.prefill.place import Place
 from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
 from fastmmoe.prefill.stage import MoEArgumentsPatch, MoEPatch, NormPatch
@@ -147,6 +148,13 @@ class Installation:
                 patch = key[0](self, module, number)
                 patch.put()
                 self._patches[key] = patch
+        places: dict[tuple[type, int], dict[Plan, Place]] = {}
+        for plan in self._held:
+            for kind, module, number in self._points(plan):
+                if number is not None and issubclass(kind, Patch):
+                    places.setdefault((kind, id(module)), {})[plan] = plan.places[number]
+        for key, of_plans in places.items():
+            self._patches[key].places = of_plans  # a new dict: forwards read the old one
 
     def _points(self, plan: Plan | None) -> Iterator[tuple[type, nn.Module, int | None]]:
         """What a plan patches: with what, which module, in which layer."""

@@ -29,24 +29,26 @@ class LayerPatch(Patch):
         forward = RUNNING.forward
         if forward is None or not self.live or forward.installation is not self.installation:
             return self.stock(*args, **kwargs)
-        number, plan = self.number, forward.plan
-        behind = sum(prune_layer < number for prune_layer in plan.stages)
-        cut = self._shorten_arguments(forward, behind, args, kwargs)
-        if not (forward.has_vision and number in plan.stages):
+        plan = forward.plan
+        place = self.places.get(plan)
+        if place is None:
+            return self.stock(*args, **kwargs)
+        cut = self._shorten_arguments(forward, place.behind, args, kwargs)
+        if not forward.has_vision or place.stage is None:
             return self._injected(forward, self.stock(*args, **kwargs))
         # the text model makes the cache itself if it was not given one
         forward.cache = kwargs.get("past_key_values", forward.cache)
-        if not plan.pruning.prunes(plan.stages[number], forward.segments[-1].layout):
+        if not plan.pruning.prunes(place.stage, forward.segments[-1].layout):
             forward.segments.append(forward.segments[-1])
             return self._injected(forward, self.stock(*args, **kwargs))
-        stage = forward.stage = Stage(plan.stages[number], self.kind, cut)
+        stage = forward.stage = Stage(place.stage, self.kind, cut)
         output = self.stock(*args, **kwargs)
         if plan.config.prunes_behind_layer:
             hidden = output[0] if isinstance(output, tuple) else output
             stage.short = prune(forward, self.module, hidden, hidden).hidden
         forward.stage = None
         if stage.short is None:
-            raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {number}"))
+            raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {self.number}"))
         short = (stage.short, *output[1:]) if isinstance(output, tuple) else stage.short
         return self._injected(forward, short)
 

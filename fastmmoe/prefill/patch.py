@@ -7,14 +7,16 @@ is still its own; where something else stands on top of it, it stays below and d
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 if TYPE_CHECKING:
     from fastmmoe.prefill.installation import Installation
+    from fastmmoe.prefill.place import Place
+    from fastmmoe.prefill.plan import Plan
 
 # offloading wraps a forward and keeps what it wraps under the second name, to run it once the weights are there
 FORWARDS = ("forward", "_old_forward")
@@ -31,16 +33,23 @@ class Patch:
         part: what the module is, for errors.
         live: whether it is on; otherwise it only hands on.
         stock: what the module computes without this patch.
+        places: what each plan that needs the patch does at its layer. Behind the module's call, ask this and not
+            `number`: torch.compile makes one graph of all layers that have equal places, and one for each number.
+        as_method: whether a method of the patch stands in place of the forward, not the patch itself: of a method
+            torch.compile asks which function it is, of an object which object. A method has no signature of its own.
     """
 
     # no __dict__: functools.update_wrapper, which offloading calls on a forward, would copy it
-    __slots__ = ("installation", "module", "number", "live", "stock", "_before", "_reduce")
+    __slots__ = ("installation", "module", "number", "live", "stock", "places", "_placed", "_before", "_reduce")
     part = "module"
+    as_method = False
 
     def __init__(self, installation: "Installation", module: nn.Module, number: int | None = None):
         self.installation, self.module, self.number = installation, module, number
         self.live = False
         self.stock = own_forward(module)
+        self.places: Mapping[Plan, Place] = MappingProxyType({})
+        self._placed: Callable | None = None
         self._before: Callable | None = None  # the instance's own forward, if it had one
         self._reduce: Callable | None = None
 
@@ -52,7 +61,7 @@ class Patch:
         self._before = attributes.get(name)
         self.stock = self._before or own_forward(self.module)
         self.prepare()  # from the next line on another thread may call it
-        attributes[name] = self
+        self._placed = attributes[name] = MethodType(_call, self) if self.as_method else self
         # copy and pickle ask the instance for it, before its class
         self._reduce = attributes[REDUCE] = _StockReduce(self)
         self.live = True
@@ -65,7 +74,7 @@ class Patch:
         self.live = False
         attributes = vars(self.module)
         attributes.update(self._without_it(attributes))
-        if attributes.get("forward") is self:
+        if attributes.get("forward") is self._placed:
             del attributes["forward"]
         if attributes.get(REDUCE) is self._reduce:
             del attributes[REDUCE]
@@ -82,13 +91,14 @@ class Patch:
     @property
     def is_on_top(self) -> bool:
         """Whether nothing else stands on top of it, but for offloading."""
-        return any(vars(self.module).get(name) is self for name in FORWARDS)
+        return any(vars(self.module).get(name) is self._placed for name in FORWARDS)
 
     @property
     def is_bare(self) -> bool:
         """Whether the class's own forward stands below."""
-        if isinstance(self._before, Patch):  # one that is off
-            return self._before.is_bare
+        before = patch_in(self._before)  # one that is off
+        if before is not None:
+            return before.is_bare
         return self._before is None or getattr(self._before, "__func__", None) is type(self.module).forward
 
     @property
@@ -98,7 +108,7 @@ class Patch:
 
     def _without_it(self, attributes: dict[str, Any]) -> dict[str, Any]:
         """What stands in the places of this patch when it is gone, where something does."""
-        places = [name for name in FORWARDS if attributes.get(name) is self]
+        places = [name for name in FORWARDS if attributes.get(name) is self._placed]
         # what offloading has wrapped has to be there
         return {name: self.stock for name in places if name != "forward" or self._before is not None}
 
@@ -107,7 +117,8 @@ class Patch:
         attributes = dict(vars(self.module))
         attributes.update(self._without_it(attributes))
         attributes["_forward_hooks"] = _without_ours(attributes["_forward_hooks"])
-        return {name: value for name, value in attributes.items() if value is not self and value is not self._reduce}
+        ours = self._placed, self._reduce
+        return {name: value for name, value in attributes.items() if all(value is not one for one in ours)}
 
     def copied(self) -> None:
         """Called when a copy of the module is made."""
@@ -121,6 +132,20 @@ class Patch:
 
     def __reduce__(self) -> tuple:
         return (own_forward, (self.module,)) if self._before is None else (_itself, (self._before,))
+
+
+def _call(patch: Callable, *args: Any, **kwargs: Any) -> Any:
+    return patch(*args, **kwargs)
+
+
+# pickled, a method is its object's attribute of this name: the stock forward, which the patch is pickled as, has one
+_call.__name__ = "__call__"
+
+
+def patch_in(forward: Any) -> Patch | None:
+    """The patch that stands in place of a forward, by itself or by a method."""
+    forward = getattr(forward, "__self__", forward)
+    return forward if isinstance(forward, Patch) else None
 
 
 class HookPatch:
@@ -274,7 +299,7 @@ AnyPatch = Patch | HookPatch | ConfigPatch
 def patches_on(module: nn.Module) -> list[AnyPatch]:
     """The patches whose traces a module carries, and that are on."""
     attributes = vars(module)
-    found = [attributes.get(name) for name in FORWARDS]
+    found = [patch_in(attributes.get(name)) for name in FORWARDS]
     found += [getattr(attributes.get(REDUCE), "patch", None), attributes.get("config")]
     found = [vars(trace)["_patch"] if isinstance(trace, ComputedConfig) else trace for trace in found]
     return [patch for patch in found if isinstance(patch, AnyPatch) and patch.live]

@@ -8,6 +8,7 @@ from fastmmoe.config import ReductionConfig
 from fastmmoe.families import Family
 from fastmmoe.methods.method import Pruning
 from fastmmoe.prefill.patch import innermost
+from fastmmoe.prefill.place import Place
 from fastmmoe.prefill.sequence import Segment
 from fastmmoe_kernels.backend import resolve_backend
 
@@ -21,6 +22,7 @@ class Plan:
         pruning: the config's way of pruning.
         stages: number of each prune layer -> number of its stage, both from 0.
         reduced: layers whose vision tokens take fewer experts.
+        places: of all layers.
         last: segments of the last forward with vision tokens under this plan, for the report; None before one.
         skipped: the last forward with vision tokens had fewer than `config.min_vision_tokens`.
     """
@@ -29,6 +31,7 @@ class Plan:
     pruning: Pruning
     stages: dict[int, int]
     reduced: tuple[int, ...]
+    places: tuple[Place, ...]
     last: list[Segment] | None = field(default=None, repr=False)
     skipped: bool = False
 
@@ -66,7 +69,9 @@ class Plan:
                 raise ValueError("model: sharded experts are not supported together with vision_top_k")
             if getattr(experts, "_is_expert_parallel", False):
                 raise ValueError("model: expert parallelism is not supported together with vision_top_k")
-        return cls(config, config.pruning(), {layer: stage for stage, layer in enumerate(config.prune_layers)}, reduced)
+        stages = {layer: stage for stage, layer in enumerate(config.prune_layers)}
+        places = [Place(sum(stage < n for stage in stages), stages.get(n)) for n in range(len(layers))]
+        return cls(config, config.pruning(), stages, reduced, tuple(places))
 
     @property
     def first_stage(self) -> int | None:

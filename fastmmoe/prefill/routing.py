@@ -8,7 +8,8 @@ from torch import nn
 from fastmmoe.families import Family
 from fastmmoe.prefill.expert_form import expert_form
 from fastmmoe.prefill.experts import run_pairs
-from fastmmoe.prefill.patch import Patch, innermost
+from fastmmoe.prefill.patch import Patch, innermost, patch_in
+from fastmmoe.prefill.place import Place
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
 from fastmmoe_kernels import gate_routing, topk_routing
@@ -19,6 +20,7 @@ class GatePatch(Patch):
 
     __slots__ = ("_is_known",)
     part = "gate"
+    as_method = True
 
     def prepare(self) -> None:
         # of the family's class, whatever loads or adapts its weight
@@ -27,7 +29,8 @@ class GatePatch(Patch):
 
     def __call__(self, hidden: torch.Tensor, *args: Any) -> Any:
         forward = RUNNING.forward
-        if forward is None or not _reduces_here(forward, self):
+        place = None if forward is None else _reduces_here(forward, self)
+        if place is None:
             return self.stock(hidden, *args)
         family, config, gate = self.installation.family, forward.plan.config, self.module
         if family.vision_only:
@@ -47,13 +50,13 @@ class GatePatch(Patch):
         if linear is not None:
             flat = hidden.reshape(-1, hidden.shape[-1])
             routing = gate_routing(flat, gate.weight, **linear, **options)
-            forward.gates[self.number] = routing.logits.shape[-1]
+            forward.chose(place, routing.logits.shape[-1])
             return family.gate_output(gate, routing.logits, routing)
         output = self.stock(hidden, *args)
         logits = family.logits(output)
         if not self._is_known:
             self._check_choice(logits, *output[1:3], family.routing_options(gate, *args))
-        forward.gates[self.number] = logits.shape[-1]
+        forward.chose(place, logits.shape[-1])
         return family.gate_output(gate, logits, topk_routing(logits, **options))
 
     def _check_choice(
@@ -89,6 +92,7 @@ class ExpertsPatch(Patch):
 
     __slots__ = ("form", "_is_known")
     part = "experts"
+    as_method = True
 
     def prepare(self) -> None:
         try:
@@ -100,15 +104,16 @@ class ExpertsPatch(Patch):
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         forward = RUNNING.forward
-        if forward is None or not _reduces_here(forward, self):
+        place = None if forward is None else _reduces_here(forward, self)
+        if place is None:
             return self.stock(hidden, ids, weights)
-        forward.experts.append(self.number)
+        place.experts = forward.token
         config = forward.plan.config
         if self._is_known and self.form is not None:
             return self.form.run(self.module, hidden, ids, weights, config.backend)
-        if self.number not in forward.gates:
+        if forward.chosen_at is not place:
             return self.stock(hidden, ids, weights)  # the gate chose for other tokens than the forward's
-        num_experts, is_flat = forward.gates[self.number], self.installation.family.vision_only
+        num_experts, is_flat = forward.num_experts, self.installation.family.vision_only
         pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
         if self._is_known:
             return run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)
@@ -136,14 +141,14 @@ def _is_close(output: torch.Tensor, stock: torch.Tensor) -> bool:
     return torch.allclose(output.float(), stock.float(), rtol=2e-2, atol=2e-2 * scale)
 
 
-def _reduces_here(forward: ForwardPass, patch: Patch) -> bool:
-    """Whether the forward under way gives its vision tokens fewer experts in this layer.
+def _reduces_here(forward: ForwardPass, patch: Patch) -> Place | None:
+    """This layer's place if the forward under way gives its vision tokens fewer experts here; else None.
 
     Another plan, which is not this forward's, may have put the patch there.
     """
-    if not patch.live or forward.installation is not patch.installation:
-        return False
-    return forward.reduces and patch.number in forward.plan.reduced
+    if not patch.live or forward.installation is not patch.installation or not forward.reduces:
+        return None
+    return patch.places.get(forward.plan)
 
 
 def gate_probs(
@@ -153,8 +158,8 @@ def gate_probs(
     gate, args = family.gate_of(layer), family.gate_arguments(family.moe_of(layer))
     inside = innermost(gate)
     flat, options = hidden.reshape(-1, hidden.shape[-1]), family.routing_options(inside, *args)
-    patch = vars(gate).get("forward")
-    is_bare = inside is gate and (patch is None or isinstance(patch, Patch) and patch.is_bare)
+    patch = patch_in(vars(gate).get("forward"))
+    is_bare = inside is gate and ("forward" not in vars(gate) or patch is not None and patch.is_bare)
     linear = linear_options(gate, hidden, family) if is_bare else None
     if linear is not None:
         probs = gate_routing(flat, gate.weight, **linear, **options, return_probs=True, backend=backend).probs

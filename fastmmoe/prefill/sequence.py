@@ -13,6 +13,7 @@ from fastmmoe.families.kinds import RECURRENT
 from fastmmoe.prefill.cache import CacheState, remember
 from fastmmoe.prefill.masks import CallerMask, cut_pairs, visible_pairs
 from fastmmoe.prefill.packing import Packing
+from fastmmoe.prefill.place import Place, Token
 from fastmmoe_kernels import PrunedBatch, VisionLayout
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class ForwardPass:
             first layers; None: nothing. In front of the first prune layer the stock model adds it.
         stage: the prune layer under way, if it has tokens to prune.
         probing: a gate is asked for its probabilities: it does not choose experts.
-        gates: layers whose gate gave vision tokens fewer experts, and how many experts each has.
-        experts: layers whose experts ran on that choice.
+        token: by which places are marked whose gate and experts ran.
+        chosen_at, num_experts: where a gate last gave vision tokens fewer experts, and how many experts it has.
     """
 
     installation: "Installation"
@@ -120,8 +121,9 @@ class ForwardPass:
     injected: tuple[torch.Tensor, list[torch.Tensor]] | None = None
     stage: Stage | None = None
     probing: bool = False
-    gates: dict[int, int] = field(default_factory=dict)
-    experts: list[int] = field(default_factory=list)
+    token: Token = field(default_factory=Token)
+    chosen_at: Place | None = None
+    num_experts: int = 0
     _memo: dict = field(default_factory=dict)
 
     @property
@@ -132,6 +134,10 @@ class ForwardPass:
     def reduces(self) -> bool:
         """Whether gates give its vision tokens fewer experts."""
         return self.has_vision and not self.probing
+
+    def chose(self, place: Place, num_experts: int) -> None:
+        """A gate of so many experts has given vision tokens fewer of them."""
+        self.chosen_at, self.num_experts, place.gate = place, num_experts, self.token
 
     def segment(self, number: int) -> Segment:
         """The segment of the layers behind `number` prune layers.

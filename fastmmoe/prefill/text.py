@@ -191,10 +191,12 @@ class TextPatch(EntryPatch):
             return output
         plan = forward.plan
         if forward.has_vision:
+            # a mark of a later forward, in another thread, has taken the place of this one's
+            first, places = forward.token.number, [plan.places[number] for number in plan.reduced]
             done = {
                 "prune layers": (len(forward.segments) - 1, len(plan.stages)),
-                "gates": (len(forward.gates), len(plan.reduced)),
-                "experts": (len(set(forward.experts)), len(plan.reduced)),
+                "gates": (sum(place.gate.number >= first for place in places), len(places)),
+                "experts": (sum(place.experts.number >= first for place in places), len(places)),
             }
             if any(ran != wanted for ran, wanted in done.values()):
                 what = ", ".join(f"{ran} of {wanted} {kind}" for kind, (ran, wanted) in done.items())
