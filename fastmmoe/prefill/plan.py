@@ -63,6 +63,15 @@ class Plan:
             reduced = tuple(number for number in moe if number >= config.reduction_layer)
             if not reduced:
                 raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
+        for number in sorted({*reduced, *config.prune_layers} & set(moe)):
+            gate = innermost(family.gate_of(layers[number]))
+            try:
+                family.routing_options(gate, *family.gate_arguments(family.moe_of(layers[number])))
+            except AttributeError as error:
+                raise ValueError(
+                    f"model: layer {number}'s gate ({type(gate).__name__}) is not {family.title}'s "
+                    f"({family.gate_class}): {error}; another version of transformers may have that one"
+                ) from None
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
             if any(hasattr(weight, "device_mesh") for weight in experts.parameters()):

@@ -49,6 +49,35 @@ def test_a_layer_compiles_without_a_graph_break(layer):
     assert len(fastmmoe.report(model).stages) == 2
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        FastMMoEConfig(vision_top_k=2, reduction_layer=1),
+        FastMMoEConfig(prune_layers=(1,), retention=0.4),
+        FastMMoEConfig(vision_top_k=2, reduction_layer=1, prune_layers=(1,), retention=0.4),
+    ],
+    ids=["stock", "experts", "prune", "both"],
+)
+def test_layers_of_a_kind_share_one_graph(config):
+    """Under a cache not even stock layers do: each finds its keys by its number."""
+    graphs = []
+    for layers in (5, 9):
+        torch._dynamo.reset()
+        model = tiny_internvl(num_hidden_layers=layers)
+        batch = tiny_batch(model, (1, 2))
+        if config is not None:
+            fastmmoe.enable(model, config)
+        counter = CompileCounterWithBackend("eager")
+        with torch.no_grad():
+            want = model(**batch, use_cache=False).logits
+            for layer in model.model.language_model.layers:
+                layer.compile(fullgraph=True, backend=counter)
+            torch.testing.assert_close(model(**batch, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] <= 5
+
+
 def test_decoding_with_compiled_layers():
     model = tiny_internvl()
     batch = tiny_batch(model, (1, 2))
