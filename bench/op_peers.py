@@ -33,7 +33,7 @@ def mask_vision(
 
 
 def load_router(weight: torch.Tensor, top_k: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """transformers' router with this gate [E, H]: tokens [T, H] to logits, weights and ids, all in the tokens' dtype."""
+    """transformers' router with this gate [E, H]: tokens [T, H] to logits and weights in their dtype, and ids."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 

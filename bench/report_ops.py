@@ -36,7 +36,8 @@ def about(result: dict) -> str:
 
 
 def op_table(name: str, formula: str, cases: list[dict], result: dict) -> Table:
-    table = Table(title=f"{name}, {result['dtype']}", caption=f"bytes: {formula}\nspeedup: fastmmoe over the row's")
+    caption = f"bytes: {formula}\nspeedup: of fastmmoe over the row's implementation"
+    table = Table(title=f"{name}, {result['dtype']}", caption=caption)
     columns = "us", "GB/s", "of copy", "TFLOP/s", "of matmul", "of roofline", "speedup", "error", "bound"
     for number, column in enumerate(("samples x tokens", "", *columns)):
         table.add_column(column, justify="right" if number > 1 else "left", no_wrap=True)
@@ -47,9 +48,9 @@ def op_table(name: str, formula: str, cases: list[dict], result: dict) -> Table:
             who += "" if entry["cuda_graph"] or result["device"] == "cpu" else ", no graph"
             has_flops = case["flops"] > 0
             table.add_row(
-                label, who, f"{entry['us']:.1f}", f"{entry['gb_per_s']:.4g}", f"{entry['of_copy']:.3f}",
-                f"{entry['tflops']:.3g}" if has_flops else "", f"{entry['of_matmul']:.3f}" if has_flops else "",
-                f"{entry['of_roofline']:.3f}", f"{entry['speedup']:.2f}x" if "speedup" in entry else "",
+                label, who, f"{entry['us']:.1f}", f"{entry['gb_per_s']:.4g}", f"{entry['of_copy']:.2g}",
+                f"{entry['tflops']:.3g}" if has_flops else "", f"{entry['of_matmul']:.2g}" if has_flops else "",
+                f"{entry['of_roofline']:.2g}", f"{entry['speedup']:.2f}x" if "speedup" in entry else "",
                 f"{entry['error']:.1e}{'' if entry['ok'] else ' WRONG'}", f"{entry['bound']:.0e}",
             )  # fmt: skip
             label = ""
