@@ -20,9 +20,11 @@ from kernels.batches import batches
 from op_cases import OPS, Setting, routing_error
 from op_costs import OpShape
 from plot_ops import ratio_text
+from roofline import Ceilings
 
 import fastmmoe_kernels
 from fastmmoe_kernels import (
+    VisionLayout,
     gate_routing,
     last_query_attention,
     moe_experts,
@@ -118,6 +120,21 @@ def test_naive_prune(backend, batch, window, keep_ratio, merge_ratio):
         assert want.merged[b][kept].tolist() == merged
         torch.testing.assert_close(hidden, want.hidden[b][kept], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(residual, want.residual[b][kept], rtol=1e-5, atol=1e-5)
+
+
+@BACKENDS
+def test_one_window_is_never_merged(backend):
+    """Two windows of 3, two tokens to be left, all of them merged ones: one is."""
+    ratios = {"keep_ratio": 0.34, "merge_ratio": 1.0, "window": 3, "alpha": 0.5}
+    hidden, probs, importance = random_numbers(0, 6, 8), random_numbers(1, 6, 4).softmax(1), random_numbers(2, 6).abs()
+    _, _, index, merged = naive_ops.prune_sample(hidden, hidden, probs, importance, [True] * 6, **ratios)
+    assert sum(merged) == 1 and len(merged) == 2
+    layout = VisionLayout.from_mask(torch.ones(1, 6, dtype=torch.bool))
+    want = prune_batch(
+        hidden[None], hidden[None], probs[None], importance[None], layout, **ratios, strategy="hybrid",
+        merge_method="mlerp", backend=backend,
+    )  # fmt: skip
+    assert want.index[0].tolist() == index and want.merged[0].tolist() == merged
 
 
 def test_a_merge_by_hand():
@@ -238,6 +255,19 @@ def test_rows_that_a_prune_stage_reads():
     assert stage.bytes == op_costs.prune_cost(TINY, 64, 52, width - 1 + 3, width, 4)[0].bytes
 
 
+def test_times_by_hand():
+    """1 GB and 2 TFLOP in the median of 2 s, at ceilings of 1 GB/s and 4 TFLOP/s; a round that was slow for all."""
+    entries = {who: {"ok": True} for who in ("fastmmoe", "slow")} | {"wrong": {"ok": False}}
+    record = {"bytes": 1e9, "flops": 2e12, "roofline_us": 1e6, "contestants": entries}
+    seconds = {"fastmmoe": [2.0, 50.0, 1.0], "slow": [6.0, 250.0, 5.0], "wrong": [1.0, 1.0, 1.0]}
+    bench_ops.add_times(record, seconds, Ceilings(4e12, 1e9, ""), interpreted=False)
+    assert entries["fastmmoe"] == {
+        "ok": True, "us": 2e6, "gb_per_s": 0.5, "of_copy": 0.5, "tflops": 1.0, "of_matmul": 0.25, "of_roofline": 0.5
+    }  # fmt: skip
+    # 3, 5 and 5 times as long; the ratio of the medians is 3
+    assert entries["slow"]["speedup"] == 5.0 and "speedup" not in entries["wrong"]
+
+
 @pytest.mark.parametrize("ratio, text", [(0.391, "0.39x"), (9.876, "9.88x"), (14.04, "14.0x"), (2531.14, "2531x")])
 def test_ratios_in_the_picture(ratio, text):
     assert ratio_text(ratio) == text
@@ -283,7 +313,8 @@ def test_bench_on_cpu(tmp_path, capsys):
     picture = tmp_path / "ops.png"
     result = bench(tmp_path / "new" / "ops.json", tokens=[64, 32], batch=[2, 1], plot=picture)
     printed = capsys.readouterr().out
-    assert {"cpu", "threads", "python"} <= result["machine"].keys() and {"torch", "fastmmoe"} <= result["versions"].keys()
+    assert {"cpu", "threads", "python"} <= result["machine"].keys()
+    assert {"fastmmoe", "torch", "transformers"} <= result["versions"].keys()
     assert (result["backend"], result["dtype"], result["rounds"]) == ("torch", "float32", 2)
     assert not result["interpreted"] and not result["left_out"]
     assert result["skipped"] == {"dispatch": "FastMMoE's runs on Triton only, and the backend is torch"}
