@@ -1,7 +1,7 @@
 """The ops as the method's text defines them: Python loops over samples, tokens, experts and windows.
 
-What `bench_ops.py` times the ops against, and in float64 what prune stages are compared with. They take what the ops
-take, with the options of the method's official scripts, and prune stages one sample at a time.
+What `bench_ops.py` times the ops against, and in float64 what windows and prune stages are compared with. They take
+what the ops take, with the options of the method's official scripts, and prune stages one sample at a time.
 """
 
 import torch
