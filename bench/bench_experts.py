@@ -15,7 +15,8 @@ from typing import Annotated
 
 import torch
 import typer
-from contestants import OURS, PEERS, Contestant, load_peers, our_experts
+from ceilings import DTYPES, measure_ceilings
+from contestants import OURS, PEERS, Contestant, load_peers, our_experts, our_tiles
 from plot_experts import draw
 from provenance import provenance, write_json
 from report_experts import print_report
@@ -51,9 +52,6 @@ DEFAULTS = {
     "cuda": (("A", "B"), (16384, 8192, 4096), 20),
     "cpu": (("cpu-small", "cpu-large"), (2048, 512, 64), 5),
 }
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-# side of the square matrices and bytes of the copy that show the device's ceilings
-CEILING_SIZES = {"cuda": (8192, 2**30), "cpu": (1024, 2**27)}
 DISPATCH_KERNELS = ("count_pairs_kernel", "place_pairs_kernel")
 
 
@@ -67,19 +65,6 @@ def parse_shape(text: str, top_k: list[int]) -> ExpertsShape:
     except ValueError:
         raise typer.BadParameter(f"--shape: expected {', '.join(SHAPES)} or H:I:E, got {text!r}") from None
     return ExpertsShape(text, hidden, intermediate, experts, tuple(top_k) or (2, 1))
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int) -> Ceilings:
-    """Rates of a large matrix product and of a copy, on random numbers: zeros are faster."""
-    side, size = CEILING_SIZES[device.type]
-    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    calls = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    prepared = {name: prepare(call, device)[0] for name, call in calls.items()}
-    seconds = {name: statistics.median(s) for name, s in interleave(prepared, rounds, device).items()}
-    label = f"measured, {str(dtype).removeprefix('torch.')} matmul of {side}^3 and copy of {size // 2**20} MiB"
-    return Ceilings(2 * side**3 / seconds["matmul"], 2 * size / seconds["copy"], label)
 
 
 def same_shape_bmm(weights: Weights, pairs: int) -> tuple[dict[str, Call], int]:
@@ -201,13 +186,6 @@ class Bench:
             record["kernels"] = kernel_records(
                 stages, self.ceilings, bmm, {name: time for (what, name), time in medians.items() if what == "kernel"}
             )
-
-
-def our_tiles(shape: ExpertsShape, device: torch.device, dtype: torch.dtype, pairs: int):
-    from fastmmoe_kernels.experts.kernel import device_target
-    from fastmmoe_kernels.experts.tiles import expert_tiles
-
-    return expert_tiles(device_target(device), dtype, pairs / shape.experts, shape.hidden, shape.intermediate)
 
 
 def describe(

@@ -25,6 +25,14 @@ def our_experts(weights: Weights, backend: str) -> Contestant:
     )
 
 
+def our_tiles(shape: ExpertsShape, device: torch.device, dtype: torch.dtype, pairs: int):
+    """The `ExpertTiles` that our experts take for so many slots."""
+    from fastmmoe_kernels.experts.kernel import device_target
+    from fastmmoe_kernels.experts.tiles import expert_tiles
+
+    return expert_tiles(device_target(device), dtype, pairs / shape.experts, shape.hidden, shape.intermediate)
+
+
 def _transformers_experts(weights: Weights, implementation: str) -> Contestant:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts

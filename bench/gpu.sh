@@ -2,8 +2,8 @@
 # Everything there is to measure on a GPU, in one call of less than 9 minutes: parity, tuning, benchmarks.
 #
 #     bench/gpu.sh                     results in bench/results/local
-#     bench/gpu.sh parity tuning       only these of the steps parity, tuning, experts, prefill, break-even, overhead;
-#                                      they have all of the time, and so several calls measure more than one does
+#     bench/gpu.sh parity tuning       only these of the steps parity, tuning, experts, ops, prefill, break-even,
+#                                      overhead; they have all of the time, and so several calls measure more than one does
 #     OUT=DIR LIMIT=520 bench/gpu.sh   results in DIR, after 520 seconds at most
 #     DRY_RUN=1 bench/gpu.sh           all of it, tiny, on the CPU under Triton's interpreter: do the scripts work?
 #
@@ -13,6 +13,7 @@
 # Exit status 1 if a step failed. The pictures are drawn afterwards, anywhere:
 #
 #     python bench/plot_experts.py DIR/experts.json experts.png
+#     python bench/plot_ops.py DIR/ops.json ops.png
 #     python bench/plot_prefill.py DIR/prefill.json DIR/break_even.json prefill.png
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -24,8 +25,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # in a log every update of a progress bar is a line
 export TQDM_MININTERVAL=10
 
-# what each step may take of 520 seconds
-declare -A share=([parity]=150 [tuning]=120 [experts]=80 [prefill]=75 [break-even]=50 [overhead]=45)
+# how the steps share the time
+declare -A share=([parity]=150 [tuning]=120 [experts]=80 [ops]=60 [prefill]=75 [break-even]=50 [overhead]=45)
 chosen=("$@")
 [ $# -gt 0 ] || chosen=("${!share[@]}")
 shares=0  # of the steps to come
@@ -79,6 +80,7 @@ if [ -n "$DRY_RUN" ]; then
     tests=(tests/kernels/test_experts.py)
     tuning=(--shape tiny --rows 16 --passes 1 --candidates 1 --rounds 1 --workers 1)
     experts=(--backend triton --shape 32:32:4 --tokens 16 --top-k 2 --top-k 1 --routing skewed --rounds 1 --threads 1)
+    ops=(--backend triton --shape tiny --tokens 16 --rounds 1 --threads 1)
     prefill=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 4 --batch 1)
     break_even=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 1 --tiles 2 --batch 1 --mixed 2)
     overhead=(--size tiny --rounds 1 --steps 1)
@@ -91,6 +93,7 @@ else
     # half of the step's time: a pass that has begun, and what is timed after it, take the rest
     tuning=(--write --budget 60 --rounds 10)
     experts=(--rounds 10)
+    ops=(--rounds 10)
     prefill=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 7 --tiles 25 --tiles 13 --batch 1 --batch 8)
     break_even=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 1 --tiles 2 --tiles 4 --batch 1 --batch 8 --mixed 8)
     overhead=(--size 30b --rounds 10 --steps 3)
@@ -105,6 +108,7 @@ fi
 step parity parity.txt "$PYTHON" -m pytest -v -m gpu "${tests[@]}"
 step tuning tiles.json "$PYTHON" bench/tune_experts.py --device "$device" "${tuning[@]}" --json '$PARTIAL'
 step experts experts.json "$PYTHON" bench/bench_experts.py --device "$device" "${experts[@]}" --json '$PARTIAL'
+step ops ops.json "$PYTHON" bench/bench_ops.py --device "$device" "${ops[@]}" --budget '$BUDGET' --json '$PARTIAL'
 step prefill prefill.json \
     "$PYTHON" bench/bench_prefill.py --device "$device" "${prefill[@]}" --budget '$BUDGET' --json '$PARTIAL'
 step break-even break_even.json \

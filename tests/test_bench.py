@@ -852,14 +852,15 @@ def test_gpu_script_continues_and_resumes(tmp_path):
     out = tmp_path / "out"
     first = run_gpu_script(tmp_path, FAKE_PYTHON)
     assert first.returncode == 1 and "FAILED tuning: status 3" in first.stdout
-    names = {"log.txt", "parity.txt", "experts.json", "prefill.json", "break_even.json", "overhead.json"}
+    names = {"log.txt", "parity.txt", "experts.json", "ops.json"}
+    names |= {"prefill.json", "break_even.json", "overhead.json"}
     assert {path.name for path in out.iterdir()} == names | {"partial-tiles.json"}
     assert "bench_experts.py --device cpu" in (out / "experts.json").read_text()
     # of 520 seconds, which the steps before left: 75 of 170 parts, and 30 seconds for what was begun
     budget = int(re.search(r"--budget (\d+) --json", (out / "prefill.json").read_text())[1])
     assert 190 <= budget <= 199
     second = run_gpu_script(tmp_path, FAKE_PYTHON.replace("exit 3", "exit 0"))
-    assert second.returncode == 0 and second.stdout.count("skipped") == 5
+    assert second.returncode == 0 and second.stdout.count("skipped") == 6
     assert {path.name for path in out.iterdir()} == names | {"tiles.json"}
 
 
