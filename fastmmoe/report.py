@@ -48,12 +48,12 @@ class PrefillReport:
         n_text, n_vision: tokens of the prompt, per sample.
         tokens_per_layer: per layer and sample, the tokens in that layer's MoE (or MLP).
         stages: one per prune layer.
+        architecture, config: what ran: the text model's sizes, and what was reduced.
+        device: where the model lies, as `fastmmoe.prefill_time` calls it; None: it knows no ceilings of it.
         own_experts: layers whose vision tokens take fewer experts, and where the model's own run, on one row per token
             and expert: the kernel does not know them.
         flops: FLOPs of the language model's prefill over the whole batch.
         skipped: the stock model ran, with fewer vision tokens than the config's `min_vision_tokens`.
-        architecture, config: what ran: the text model's sizes, and what was reduced.
-        device: where the model lies, as `fastmmoe.prefill_time` calls it; None: it knows no ceilings of it.
     """
 
     n_text: tuple[int, ...]
@@ -61,11 +61,11 @@ class PrefillReport:
     tokens_per_layer: tuple[tuple[int, ...], ...]
     stages: tuple[StageReport, ...]
     flops: FlopsReport
+    architecture: Architecture = field(repr=False)
+    config: ReductionConfig = field(repr=False)
+    device: str | None
     own_experts: tuple[int, ...] = ()
     skipped: bool = False
-    architecture: Architecture | None = field(default=None, repr=False)
-    config: ReductionConfig = field(default=FastMMoEConfig(), repr=False)
-    device: str | None = None
 
     def time(self, device: str | Path | None = None) -> TimeReport:
         """Calculate this prefill's floor on a device of `fastmmoe.prefill_time`, by default where the model lies.

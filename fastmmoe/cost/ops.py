@@ -6,8 +6,8 @@ if routing is uniform and tokens choose by themselves; real routing is skewed an
 op's kernels counts as well where they are several, as this package's are: an expert's inner numbers, and its outputs
 before they are added up.
 
-Elementwise ops are what stock transformers runs in eager mode, on both sides of a comparison. Of a Qwen3-MoE layer in
-16 bits (transformers 5.23) that is, per number, operation by operation, what each reads and writes:
+Elementwise ops are what stock transformers (5.23) runs in eager mode, on both sides of a comparison. Of a layer with
+norms of queries and keys that is, in 16 bits and per number, operation by operation, what each reads and writes:
 
 - RMSNorm: to float32 (2 + 4), square (4 + 4), mean (4), scale (4 + 4), back (4 + 2), times its weight (2 + 2): 36
   bytes and 8 launches, over the hidden size in front of attention and of the MLP, and over queries and keys.
