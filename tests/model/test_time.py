@@ -169,13 +169,13 @@ class Counter(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_elementwise_ops_are_what_a_stock_layer_moves(dtype):
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=2048, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=4,
-        head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, attn_implementation="sdpa",
+        vocab_size=64, hidden_size=256, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=128, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
     )  # fmt: skip
-    n = 1000
-    with torch.device("meta"):
-        model = Qwen3MoeModel._from_config(config, dtype=getattr(torch, dtype))
-        hidden, turn = (torch.zeros(1, n, width, dtype=getattr(torch, dtype)) for width in (2048, 128))
+    n = 200
+    model = Qwen3MoeModel._from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model.set_experts_implementation("grouped_mm")
+    hidden, turn = (torch.randn(1, n, width, dtype=getattr(torch, dtype)) for width in (256, 128))
     with torch.no_grad(), Counter(model) as counter:
         model.layers[0](hidden, position_embeddings=(turn, turn), attention_mask=None)
     elementwise = [
@@ -188,11 +188,13 @@ def test_elementwise_ops_are_what_a_stock_layer_moves(dtype):
     device = replace(DEVICES["h100"], dtype=dtype)
     op = ops_of(prefill_time(config, n, 0, FastMMoEConfig(), device).per_layer[0].dense_ops)["elementwise"]
     assert op.launches == len(elementwise)
-    assert op.bytes == pytest.approx(sum(moved for _, moved in elementwise), rel=0.005)
-    gate = [name for name, _ in counter.found["layers.0.mlp.gate"]]
-    experts = [name for name, _ in counter.found["layers.0.mlp.experts"] + counter.found["layers.0.mlp.experts.act_fn"]]
-    if dtype == "bfloat16":
-        assert op.bytes / n == 430080 and (op.launches, len(gate), len(experts)) == (44, 5, 16)
+    # but for a few numbers per token: means, roots, and the cosines that all heads share
+    assert op.bytes == pytest.approx(sum(moved for _, moved in elementwise), rel=0.015)
+
+
+def test_elementwise_bytes_of_the_30b_model():
+    op = ops_of(prefill_time(INTERNVL, 1000, 0, FastMMoEConfig()).per_layer[0].dense_ops)["elementwise"]
+    assert (op.bytes, op.launches) == (430_080_000, 44)
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------
