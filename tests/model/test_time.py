@@ -397,6 +397,10 @@ def test_a_report_takes_what_was_measured():
     expected = prefill_time(model, report.n_text, report.n_vision, config, "a100", vision_left=left)
     assert report.time("a100") == expected and len(report.n_text) > 1
     assert [layer.moe_tokens for layer in expected.per_layer] == [sum(tokens) for tokens in report.tokens_per_layer]
+    # methods whose counts depend on the data: those of the stages count, whatever the config would say
+    last = replace(report.stages[-1], kept=(1, 2), merged=(1, 0))
+    fewer = replace(report, stages=(*report.stages[:-1], last)).time("a100")
+    assert fewer.per_layer[-1].moe_tokens == sum(report.n_text) + 4 < expected.per_layer[-1].moe_tokens
     assert report.device == "cpu" and report.time().ceilings is ceilings_of("cpu")
     # a CPU would have to be measured first
     assert "by calculation" not in str(report) and "architecture" not in repr(report)
