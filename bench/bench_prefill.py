@@ -5,8 +5,9 @@
 
 Cases are all --tiles with all --batch. In each, the variants take turns, round after round, so that a slow moment of
 the machine meets all of them alike; ratios are to stock transformers, and to the fastest of the dense variants in the
-same case. Beside the time: FLOPs, the prefill's peak memory and what it leaves (the cache, mostly), and from how many
-vision tokens on FastMMoE pays. Nothing is timed before the parity check is green.
+same case. Beside the time: the floor that `fastmmoe.prefill_time` calculates at ceilings of this device (measured
+first), FLOPs, the prefill's peak memory and what it leaves (the cache, mostly), and from how many vision tokens on
+FastMMoE pays. Nothing is timed before the parity check is green.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from prefill_model import SIZES, Case, build_model, build_samples, join
-from prefill_summary import find_break_evens, summarise
+from prefill_summary import add_model, find_break_evens, median_errors, summarise
 from prefill_variants import (
     Runner,
     Variant,
@@ -33,6 +34,9 @@ from report_prefill import print_report
 from timing import take_turns
 from tqdm import tqdm
 
+from fastmmoe import FastMMoEConfig, prefill_time
+from fastmmoe.cost.devices import Ceilings, measure_ceilings
+
 
 def list_cases(tiles: list[int], batch: list[int], mixed: int, text: int, tile_tokens: int) -> list[Case]:
     """All tiles with all batch sizes, then the mixed batch: one sample of 1 tile, one of 2, ... one of `mixed`."""
@@ -43,7 +47,13 @@ def list_cases(tiles: list[int], batch: list[int], mixed: int, text: int, tile_t
 
 
 def run_case(
-    runner: Runner, variants: dict[str, Variant], case: Case, rounds: int, steps: int, deadline: float
+    runner: Runner,
+    variants: dict[str, Variant],
+    case: Case,
+    ceilings: Ceilings,
+    rounds: int,
+    steps: int,
+    deadline: float,
 ) -> dict:
     """Everything about one case."""
     samples = build_samples(runner.model, case)
@@ -67,11 +77,18 @@ def run_case(
 
         calls = {name: lambda v=variant: measure(v) for name, variant in variants.items()}
         measured = take_turns(calls, rounds, deadline)
-    return {
+    result = {
         "label": str(case), "batch": case.batch, "vision_tokens": list(case.vision_tokens), "text_tokens": case.text,
         "is_mixed": case.is_mixed, "padded_share": case.padded_share, "rounds": len(next(iter(measured.values()))),
         **summarise(measured, known), "samples": measured,
     }  # fmt: skip
+    text = [case.text] * case.batch
+    calculated = {
+        name: prefill_time(runner.model, text, case.vision_tokens, variant.config or FastMMoEConfig(), ceilings).reduced
+        for name, variant in variants.items()
+    }
+    add_model(result, calculated)
+    return result
 
 
 @torch.inference_mode()
@@ -110,19 +127,22 @@ def main(
     # of the grid's shortest prompts, one is enough
     shortest = Case((min(min(case.tiles) for case in cases),), text, tile_tokens)
     parity = check_parity(runner, join(build_samples(runner.model, shortest)), attention[0], experts[0])
+    ceilings = measure_ceilings(where, getattr(torch, dtype))
     result = {
         "what": "prefill and decode of a random InternVL with a Qwen3-MoE language model", **provenance(where),
         "model": {"size": size, **asdict(SIZES[size]), "dtype": dtype}, "device": where.type,
         "settings": {name: v.config.to_dict() for name, v in variants.items() if v.config is not None},
-        "decode_steps": steps, "parity": parity, "cases": [], "break_even": [], "left_out": [],
+        "decode_steps": steps, "parity": parity, "ceilings": asdict(ceilings), "model_errors": None,
+        "cases": [], "break_even": [], "left_out": [],
     }  # fmt: skip
     for case in cases:
         # at least one
         if result["cases"] and time.monotonic() > deadline:
             result["left_out"].append(str(case))
             continue
-        result["cases"].append(run_case(runner, variants, case, rounds, steps, deadline))
+        result["cases"].append(run_case(runner, variants, case, ceilings, rounds, steps, deadline))
         result["break_even"] = find_break_evens(result["cases"])
+        result["model_errors"] = median_errors(result["cases"])
         # what there is stays if a later case fails
         write_json(result, json_path)
     write_json(result, json_path)

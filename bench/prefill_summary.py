@@ -46,6 +46,34 @@ def summarise(samples: dict[str, list[dict[str, float]]], known: dict[str, dict]
     return {"best_dense": best, "variants": rows}
 
 
+def add_model(case: dict, model_seconds: dict[str, float]) -> None:
+    """Put calculated seconds beside the measured ones of a case as `summarise` gives it.
+
+    Errors are relative to the measurement: of the time, and for variants that reduce something of the ratio to the
+    best dense variant.
+
+    Args:
+        model_seconds: per variant.
+    """
+    base = model_seconds[case["best_dense"]]
+    for row in case["variants"]:
+        row["model_seconds"] = seconds = model_seconds[row["variant"]]
+        row["model_over_dense"] = ratio = seconds / base
+        row["model_time_error"] = seconds / row["ttft_seconds"] - 1
+        is_dense = row["method"] == "dense"
+        row["model_ratio_error"] = None if is_dense else ratio / row["ttft_over_best_dense"] - 1
+
+
+def median_errors(cases: list[dict]) -> dict[str, float]:
+    """Medians over all cases and variants of what `add_model` found, without their signs."""
+    rows = [row for case in cases for row in case["variants"]]
+
+    def median(name: str) -> float:
+        return statistics.median(abs(row[name]) for row in rows if row[name] is not None)
+
+    return {"ratio": median("model_ratio_error"), "time": median("model_time_error")}
+
+
 def break_even(ratios: dict[int, float]) -> tuple[str, int | None]:
     """Smallest number of tokens from which on all ratios are below 1.
 

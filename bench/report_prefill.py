@@ -15,6 +15,12 @@ def print_report(result: dict) -> None:
         console.print(_table(case))
     for line in break_even_lines(result["break_even"]):
         console.print(line, highlight=False)
+    errors = result["model_errors"]
+    console.print(
+        f"calculated floors: median error {errors['ratio']:.1%} of the time / best dense, {errors['time']:.1%} of the "
+        f"time; ceilings {result['ceilings']['source']}",
+        highlight=False,
+    )
     for label in result["left_out"]:
         console.print(f"left out, no time: {label}", highlight=False)
 
@@ -22,8 +28,8 @@ def print_report(result: dict) -> None:
 def _table(case: dict) -> Table:
     table = Table(title=case["label"], caption=f"best dense: {case['best_dense']}; {case['rounds']} rounds")
     columns = [
-        "variant", "TTFT s", "/ stock", "/ best dense", "FLOPs ratio", "saved time / FLOPs", "TPOT ms", "/ stock",
-        "peak MiB", "/ stock", "kept MiB",
+        "variant", "TTFT s", "model s", "/ stock", "/ best dense", "model", "FLOPs ratio", "saved time / FLOPs",
+        "TPOT ms", "/ stock", "peak MiB", "/ stock", "kept MiB",
     ]  # fmt: skip
     if case["is_mixed"]:
         columns.append("/ one by one")
@@ -33,8 +39,9 @@ def _table(case: dict) -> Table:
     for row in case["variants"]:
         share = row["time_saved_per_flops_saved"]
         cells = [
-            row["variant"], f"{row['ttft_seconds']:.3f}", f"{row['ttft_over_stock']:.3f}",
-            f"{row['ttft_over_best_dense']:.3f}", f"{row['flops_ratio']:.3f}", "" if share is None else f"{share:.2f}",
+            row["variant"], f"{row['ttft_seconds']:.3f}", f"{row['model_seconds']:.3f}",
+            f"{row['ttft_over_stock']:.3f}", f"{row['ttft_over_best_dense']:.3f}", f"{row['model_over_dense']:.3f}",
+            f"{row['flops_ratio']:.3f}", "" if share is None else f"{share:.2f}",
             f"{row['tpot_seconds'] * 1e3:.1f}", f"{row['tpot_over_stock']:.3f}", f"{row['peak_bytes'] / 2**20:.1f}",
             f"{row['peak_over_stock']:.3f}", f"{row['left_bytes'] / 2**20:.1f}",
         ]  # fmt: skip

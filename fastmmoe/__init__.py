@@ -2,6 +2,7 @@
 
 # not lazy: the functions share their names with their modules, and a later import of the module would hide them
 from fastmmoe.cost.flops import FlopsReport, flops
+from fastmmoe.cost.prefill_time import TimeReport, prefill_time
 from fastmmoe.enable import disable, enable, enabled, fixed_layout
 from fastmmoe.methods import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
 from fastmmoe.prefill.packing import pack_batch
@@ -19,6 +20,7 @@ __all__ = [
     "RandomConfig",
     "SparseVLMConfig",
     "StageReport",
+    "TimeReport",
     "UniformConfig",
     "disable",
     "enable",
@@ -27,5 +29,6 @@ __all__ = [
     "fixed_layout",
     "flops",
     "pack_batch",
+    "prefill_time",
     "report",
 ]

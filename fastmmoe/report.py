@@ -1,11 +1,16 @@
 """What the last prefill did: tokens per layer, what was kept, merged and dropped, and the FLOPs."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+from fastmmoe.config import ReductionConfig
+from fastmmoe.cost.devices import DEVICES, known_device
 from fastmmoe.cost.flops import FlopsReport, flops
+from fastmmoe.cost.prefill_time import TimeReport, prefill_time
+from fastmmoe.families import Architecture, architecture_of
 from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.prefill.installation import installation_of, plan_in_force
 from fastmmoe.prefill.sequence import Segment
@@ -43,6 +48,8 @@ class PrefillReport:
         n_text, n_vision: tokens of the prompt, per sample.
         tokens_per_layer: per layer and sample, the tokens in that layer's MoE (or MLP).
         stages: one per prune layer.
+        architecture, config: what ran: the text model's sizes, and what was reduced.
+        device: where the model lies, as `fastmmoe.prefill_time` calls it; None: it knows no ceilings of it.
         own_experts: layers whose vision tokens take fewer experts, and where the model's own run, on one row per token
             and expert: the kernel does not know them.
         flops: FLOPs of the language model's prefill over the whole batch.
@@ -54,8 +61,24 @@ class PrefillReport:
     tokens_per_layer: tuple[tuple[int, ...], ...]
     stages: tuple[StageReport, ...]
     flops: FlopsReport
+    architecture: Architecture = field(repr=False)
+    config: ReductionConfig = field(repr=False)
+    device: str | None
     own_experts: tuple[int, ...] = ()
     skipped: bool = False
+
+    def time(self, device: str | Path | None = None) -> TimeReport:
+        """Calculate this prefill's floor on a device of `fastmmoe.prefill_time`, by default where the model lies.
+
+        Raises:
+            ValueError: an unknown device, or none is given and the model lies on one whose ceilings are not known.
+        """
+        device = device or self.device
+        if device is None:
+            known = f"one of {', '.join(DEVICES)}, cpu or a .json file"
+            raise ValueError(f"device: that of the model has no known ceilings, expected {known}, got None")
+        left = [[kept + merged for kept, merged in zip(s.kept, s.merged, strict=True)] for s in self.stages]
+        return prefill_time(self.architecture, self.n_text, self.n_vision, self.config, device, vision_left=left)
 
     def to_dict(self) -> dict:
         """A JSON-able dict, without `fate`."""
@@ -82,11 +105,21 @@ class PrefillReport:
             "tokens per layer: " + " ".join(str(sum(tokens)) for tokens in self.tokens_per_layer),
             f"language model FLOPs: {f.dense:.4g} dense, {f.reduced:.4g} now, {f.saved:.1%} saved",
         ]
+        if self.device in DEVICES:  # a CPU's ceilings would have to be measured first
+            lines.append(time_line(self.time()))
         if self.own_experts:
             lines.append(f"the model's own experts, a row per token and expert, at {len(self.own_experts)} layers")
         if self.skipped:
             lines.append("skipped: fewer vision tokens than min_vision_tokens, the stock model ran")
         return "\n".join(lines)
+
+
+def time_line(time: TimeReport) -> str:
+    """Calculated seconds in a line."""
+    return (
+        f"language model on {time.ceilings.name}, floors by calculation, not measured: "
+        f"{time.dense * 1e3:.1f} ms dense, {time.reduced * 1e3:.1f} now, x{time.speedup:.2f}"
+    )
 
 
 def report(model: nn.Module) -> PrefillReport:
@@ -100,7 +133,9 @@ def report(model: nn.Module) -> PrefillReport:
         raise RuntimeError("model: FastMMoE is not enabled; call fastmmoe.enable(model, config) first")
     if plan.last is None:
         raise RuntimeError("model: no prefill with vision tokens has run since FastMMoE was enabled")
-    text_config, segments = installation_of(model).text.config, plan.last
+    text_model, segments = installation_of(model).text, plan.last
+    text_config, architecture = text_model.config, architecture_of(text_model.config)
+    weights = next(text_model.parameters())
     layout = segments[0].layout
     n_text = tuple(length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True))
     config = FastMMoEConfig() if plan.skipped else plan.config
@@ -118,7 +153,7 @@ def report(model: nn.Module) -> PrefillReport:
         ),
         stages=_stages(segments, prune_layers, window),
         flops=flops(
-            text_config,
+            architecture,
             n_text,
             layout.n_vision,
             config,
@@ -126,6 +161,9 @@ def report(model: nn.Module) -> PrefillReport:
         ),
         own_experts=installation_of(model).own_experts(plan),
         skipped=plan.skipped,
+        architecture=architecture,
+        config=config,
+        device=known_device(weights.device, weights.dtype),
     )
 
 

@@ -21,6 +21,7 @@ import contestants
 import plot_prefill
 import prefill_variants
 import pytest
+import roofline
 import timing
 import torch
 import tune_experts
@@ -28,15 +29,24 @@ import typer
 from launches import record_launches
 from memory import Memory, measure_memory, peak_of
 from prefill_model import SIZES, Case, build_model, build_samples, join
-from prefill_summary import break_even, find_best_dense, find_break_evens, median_ratio, summarise
+from prefill_summary import (
+    add_model,
+    break_even,
+    find_best_dense,
+    find_break_evens,
+    median_errors,
+    median_ratio,
+    summarise,
+)
 from prefill_variants import Runner, Variant, build_variants, check_parity
 from report_prefill import break_even_lines
-from roofline import ESTIMATE, Ceilings, ExpertsShape, expert_stages, padding_factor, roofline_seconds
+from roofline import ESTIMATE, ExpertsShape, expert_stages, padding_factor, roofline_seconds
 from tile_table import replace_row
 from timing import interleave, take_turns
 from workload import make_hidden, make_routing, make_weights, reference, routing_logits, worst_row_error
 
-from fastmmoe import flops
+from fastmmoe import FastMMoEConfig, flops, prefill_time
+from fastmmoe.cost.devices import Ceilings
 from fastmmoe_kernels.experts import kernel, tiles
 from fastmmoe_kernels.experts.tiles import GemmTile
 
@@ -63,12 +73,12 @@ def test_stages_by_hand():
 def test_roofline_by_hand():
     """gate_up 400 us of arithmetic (bytes: 184), down 200 (bytes: 96), combine 6 of bytes."""
     stages = expert_stages(ExpertsShape("hand", 1000, 500, 10, (2,)), 100, 200, 9, 2)
-    ceilings = Ceilings(1e12, 1e11, "")
+    ceilings = roofline.Ceilings(1e12, 1e11, "")
     assert [s.seconds(ceilings) for s in stages] == pytest.approx([400e-6, 200e-6, 6e-6])
     assert roofline_seconds(stages, ceilings) == pytest.approx(606e-6)
     assert roofline_seconds(stages, ceilings, padding=1.5) == pytest.approx(906e-6)
     # ten times the arithmetic: bytes are all that counts, and empty rows cost nothing
-    fast = Ceilings(1e13, 1e11, "")
+    fast = roofline.Ceilings(1e13, 1e11, "")
     assert roofline_seconds(stages, fast) == roofline_seconds(stages, fast, 1.5) == pytest.approx(286e-6)
 
 
@@ -667,6 +677,22 @@ def test_summary_by_hand():
     assert stock["time_saved_per_flops_saved"] is None and stock["ttft_over_best_dense"] == 2.0
 
 
+def test_calculated_times_beside_measured_ones():
+    """Ratios to the best dense variant: 1.5 / 2.0 and 0.5 / 2.0 calculated, 0.5 and 0.25 measured."""
+    rows = [
+        {"variant": name, "method": method, "ttft_seconds": seconds, "ttft_over_best_dense": seconds / 4}
+        for name, method, seconds in (("stock", "dense", 5.0), ("ours", "dense", 4.0), ("some", "experts only", 2.0),
+                                      ("both", "both", 1.0))
+    ]  # fmt: skip
+    case = {"best_dense": "ours", "variants": rows}
+    add_model(case, {"stock": 2.5, "ours": 2.0, "some": 1.5, "both": 0.5})
+    assert [row["model_seconds"] for row in rows] == [2.5, 2.0, 1.5, 0.5]
+    assert [row["model_over_dense"] for row in rows] == [1.25, 1.0, 0.75, 0.25]
+    assert [row["model_time_error"] for row in rows] == [-0.5, -0.5, -0.25, -0.5]
+    assert [row["model_ratio_error"] for row in rows] == [None, None, 0.5, 0.0]
+    assert median_errors([case]) == {"ratio": 0.25, "time": 0.5}
+
+
 @pytest.mark.parametrize(
     "ratios, want",
     [
@@ -724,6 +750,10 @@ def test_prefill_on_cpu(tmp_path):
     assert {"cpu", "threads", "python"} <= result["machine"].keys() and result["versions"]["torch"] == version("torch")
     assert result["parity"]["nothing_reduced"] == 0 and not result["left_out"]
     assert [case["vision_tokens"] for case in result["cases"]] == [[16], [16, 16], [32], [32, 32], [16, 32]]
+    settings, errors = result["settings"], result["model_errors"]
+    assert f"median error {errors['ratio']:.1%} of the time / best dense, {errors['time']:.1%} of the time" in " ".join(
+        done.stdout.split()
+    )
     for case in result["cases"]:
         rows = {row["variant"]: row for row in case["variants"]}
         assert list(rows) == list(case["samples"]) and len(rows) == 8 and case["rounds"] == 2
@@ -734,6 +764,12 @@ def test_prefill_on_cpu(tmp_path):
         assert both["peak_bytes"] <= stock["peak_bytes"] and both["left_bytes"] < stock["left_bytes"]
         assert both["flops_ratio"] < rows["prune only"]["flops_ratio"] < 1 == stock["flops_ratio"]
         assert ("padding_cost" in both) == case["is_mixed"] and case["label"] in done.stdout
+        assert stock["model_seconds"] == best["model_seconds"]
+        text, ceilings = [8] * case["batch"], Ceilings(**result["ceilings"])
+        sizes = build_model(TINY, CPU, torch.float32).config
+        floor = prefill_time(sizes, text, case["vision_tokens"], FastMMoEConfig(**settings["both"]), ceilings)
+        assert both["model_seconds"] == pytest.approx(floor.reduced)
+        assert stock["model_seconds"] == pytest.approx(floor.dense)
         # 16 of 2 x 40 positions
         assert case["padded_share"] == pytest.approx(0.2 if case["is_mixed"] else 0)
     assert [(r["batch"], r["variant"]) for r in result["break_even"]] == [

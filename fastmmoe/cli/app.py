@@ -2,7 +2,7 @@
 
 import typer
 
-from fastmmoe.cli import analyze, bench, demo, doctor, flops, run
+from fastmmoe.cli import analyze, bench, demo, doctor, flops, run, time
 
 app = typer.Typer(
     help="Faster prefill of multimodal mixture-of-experts models.",
@@ -14,5 +14,6 @@ app.command(epilog=demo.EXAMPLE)(demo.demo)
 app.command(epilog=bench.EXAMPLE)(bench.bench)
 app.command(epilog=run.EXAMPLE)(run.run)
 app.command(epilog=flops.EXAMPLE)(flops.flops)
+app.command(epilog=time.EXAMPLE)(time.time)
 app.command(epilog=analyze.EXAMPLE)(analyze.analyze)
 app.command(epilog=doctor.EXAMPLE)(doctor.doctor)

@@ -13,6 +13,7 @@ from fastmmoe.cli.compare import Comparison, compare
 from fastmmoe.cli.console import console, fail, print_json, progress, refusing
 from fastmmoe.cli.tables import cost_table, stage_table, token_table
 from fastmmoe.families.chat import build_inputs
+from fastmmoe.report import time_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,10 +66,14 @@ def show(model: str, result: Comparison, output: Path | None, json: bool) -> Non
     """Print a comparison; `output` is where a picture was wanted."""
     report = result.report
     drawn = str(output) if output and report.stages else None
+    time = report.time() if report.device else None
     if json:
-        print_json({"model": model, **result.to_dict(), "picture": drawn})
+        floor = time and {"device": time.ceilings.name, "dense": time.dense, "fastmmoe": time.reduced}
+        print_json({"model": model, **result.to_dict(), "calculated_floor_seconds": floor, "picture": drawn})
         return
     console.print(cost_table(result))
+    if time:
+        console.print(time_line(time), soft_wrap=True, highlight=False)
     console.print(token_table(report))
     if report.stages:
         console.print(stage_table(report))

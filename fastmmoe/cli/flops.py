@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.table import Table
 
 import fastmmoe
 from fastmmoe.cli.console import console, print_json, refusing
-from fastmmoe.cli.options import Json, Retention, prune_layers_option, read_layers, vision_top_k_option
+from fastmmoe.cli.options import (
+    Json,
+    ReductionLayer,
+    Retention,
+    Sizes,
+    Text,
+    Vision,
+    prune_layers_option,
+    read_reduction,
+    vision_top_k_option,
+)
 from fastmmoe.cli.tables import span
 from fastmmoe.families import ARCHITECTURES
 
@@ -23,31 +31,19 @@ EXAMPLE = (
 
 
 def flops(
-    model: Annotated[str, typer.Argument(help=f"A checkpoint directory, or one of {', '.join(ARCHITECTURES)}.")],
-    text: Annotated[int, typer.Option(min=0, help="Text tokens of the prompt.")] = 100,
-    vision: Annotated[int, typer.Option(min=0, help="Vision tokens of the prompt.")] = 1792,
+    model: Sizes,
+    text: Text = 100,
+    vision: Vision = 1792,
     vision_top_k: Annotated[int | None, vision_top_k_option("the model's")] = None,
-    reduction_layer: Annotated[int, typer.Option(help="First layer that uses --vision-top-k.")] = 2,
+    reduction_layer: ReductionLayer = 2,
     prune_layers: Annotated[str | None, prune_layers_option("none")] = None,
     retention: Retention = 1.0,
     json: Json = False,
 ) -> None:
     """Count a prefill's FLOPs, dense and with FastMMoE (the language model only), without loading any weights."""
-    from transformers import AutoConfig
-
-    from fastmmoe.families.processors import register_ports
-
-    register_ports()
-
     with refusing(OSError, ValueError, TypeError):
-        config = fastmmoe.FastMMoEConfig(
-            vision_top_k=vision_top_k,
-            reduction_layer=reduction_layer,
-            prune_layers=read_layers(prune_layers) or (),
-            retention=retention,
-        )
-        architecture = AutoConfig.from_pretrained(model) if Path(model).is_dir() else model
-        report = fastmmoe.flops(architecture, text, vision, config)
+        sizes, config = read_reduction(model, vision_top_k, reduction_layer, prune_layers, retention)
+        report = fastmmoe.flops(sizes, text, vision, config)
     if json:
         question = {"model": model, "n_text": text, "n_vision": vision, "config": config.to_dict()}
         print_json({**question, **asdict(report)})

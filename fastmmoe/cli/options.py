@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import typer
 
+import fastmmoe
 from fastmmoe.cli.console import fail, refusing
+from fastmmoe.families import ARCHITECTURES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import PreTrainedConfig
 
+SIZES = f"A checkpoint directory, or one of {', '.join(ARCHITECTURES)}."
+Sizes = Annotated[str, typer.Argument(metavar="MODEL", help=SIZES)]
+Text = Annotated[int, typer.Option(min=0, help="Text tokens of the prompt.")]
+Vision = Annotated[int, typer.Option(min=0, help="Vision tokens of the prompt.")]
+ReductionLayer = Annotated[int, typer.Option(help="First layer that uses --vision-top-k.")]
 IMAGES = typer.Option("--image", help="Image file; repeat for several images.")
 Retention = Annotated[float, typer.Option(help="Share of the vision tokens left after the last prune layer.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
@@ -40,6 +48,28 @@ def read_layers(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(layer) for layer in text.split(",") if layer.strip())
     except ValueError:
         fail(f"--prune-layers {text}: expected layer numbers such as 5,8,12")
+
+
+def read_reduction(
+    model: str, vision_top_k: int | None, reduction_layer: int, prune_layers: str | None, retention: float
+) -> tuple[PreTrainedConfig | str, fastmmoe.FastMMoEConfig]:
+    """What the calculating commands are asked about: a model's config, or its name, and what is reduced.
+
+    Raises:
+        OSError, ValueError, TypeError: no config in that directory, or settings that are none.
+    """
+    from transformers import AutoConfig
+
+    from fastmmoe.families.processors import register_ports
+
+    register_ports()
+    config = fastmmoe.FastMMoEConfig(
+        vision_top_k=vision_top_k,
+        reduction_layer=reduction_layer,
+        prune_layers=read_layers(prune_layers) or (),
+        retention=retention,
+    )
+    return AutoConfig.from_pretrained(model) if Path(model).is_dir() else model, config
 
 
 def read_device(name: str) -> torch.device:

@@ -26,11 +26,10 @@ those.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 from fastmmoe.config import ReductionConfig
-from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, plain_name
+from fastmmoe.cost.tokens import count_tokens
 
 
 @dataclass(frozen=True)
@@ -93,79 +92,24 @@ def flops(
         TypeError, ValueError: an unknown name or architecture, token counts that are no counts, do not pair up or
             are all zero, or a config that does not fit the model.
     """
-    architecture = _architecture(text_config)
-    if not isinstance(config, ReductionConfig):
-        raise TypeError(f"config: expected a FastMMoEConfig, got {type(config).__name__}")
-    top_k = architecture.num_experts_per_tok
-    config.check_model(architecture.num_hidden_layers, top_k)
-    text, vision = _counts("n_text", n_text), _counts("n_vision", n_vision)
-    if len(text) != len(vision):
-        raise ValueError(f"n_vision: expected {len(text)} samples like n_text, got {len(vision)}")
-    if sum(text) + sum(vision) == 0:
-        raise ValueError("n_text and n_vision: expected at least one token, got none")
+    tokens = count_tokens(text_config, n_text, n_vision, config, vision_left)
+    text, vision, top_k = tokens.text, tokens.vision, tokens.architecture.num_experts_per_tok
 
     def total(layer: int, before: Sequence[int], after: Sequence[int], vision_top_k: int) -> int:
         """FLOPs of a layer; vision tokens per sample before and after the pruning between attention and MoE."""
-        counted = architecture.layers[layer]
+        counted = tokens.architecture.layers[layer]
         return sum(counted.flops(t, b, a, top_k, vision_top_k) for t, b, a in zip(text, before, after, strict=True))
 
-    left = _vision_left(config, vision, vision_left)
-    per_layer = []
-    before = vision
-    for layer in range(architecture.num_hidden_layers):
-        behind = left.get(layer, before)
-        after = before if config.prunes_behind_layer else behind
-        is_reduced = config.vision_top_k is not None and layer >= config.reduction_layer
-        per_layer.append(
-            LayerFlops(
-                layer=layer,
-                attention_tokens=sum(text) + sum(before),
-                moe_tokens=sum(text) + sum(after),
-                dense=float(total(layer, vision, vision, top_k)),
-                reduced=float(total(layer, before, after, config.vision_top_k if is_reduced else top_k)),
-            )
+    per_layer = tuple(
+        LayerFlops(
+            layer=seen.layer,
+            attention_tokens=sum(text) + sum(seen.before),
+            moe_tokens=sum(text) + sum(seen.after),
+            dense=float(total(seen.layer, vision, vision, top_k)),
+            reduced=float(total(seen.layer, seen.before, seen.after, seen.vision_top_k)),
         )
-        before = behind
+        for seen in tokens.layers
+    )
     dense = sum(layer.dense for layer in per_layer)
     reduced = sum(layer.reduced for layer in per_layer)
-    return FlopsReport(dense, reduced, 1.0 - reduced / dense, tuple(per_layer))
-
-
-def _vision_left(
-    config: ReductionConfig, vision: tuple[int, ...], measured: Sequence[Sequence[int]] | None
-) -> dict[int, tuple[int, ...]]:
-    """Prune layer -> vision tokens per sample behind it."""
-    if measured is not None:
-        stages = [_counts(f"vision_left[{stage}]", counts) for stage, counts in enumerate(measured)]
-        if [len(counts) for counts in stages] != [len(vision)] * len(config.prune_layers):
-            raise ValueError(
-                f"vision_left: expected {len(vision)} counts for each of {len(config.prune_layers)} prune layers, "
-                f"got {[len(counts) for counts in stages]}"
-            )
-        return dict(zip(config.prune_layers, stages, strict=True))
-    left = {}
-    for stage, layer in enumerate(config.prune_layers):
-        vision = left[layer] = tuple(config.vision_left(stage, n) for n in vision)
-    return left
-
-
-def _architecture(text_config: Any) -> Architecture:
-    if isinstance(text_config, Architecture):
-        return text_config
-    if not isinstance(text_config, str):
-        return architecture_of(text_config)
-    name = plain_name(text_config)
-    for known, architecture in ARCHITECTURES.items():
-        if name == known or name.startswith(f"{known}-"):
-            return architecture
-    raise ValueError(f"text_config: unknown name {text_config!r}, expected one of {', '.join(ARCHITECTURES)}")
-
-
-def _counts(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    counts = tuple(value) if hasattr(value, "__iter__") else (value,)
-    for count in counts:
-        if isinstance(count, bool) or not isinstance(count, Integral):
-            raise TypeError(f"{name}: expected token counts, got {count!r} ({type(count).__name__})")
-        if count < 0:
-            raise ValueError(f"{name}: expected token counts >= 0, got {count}")
-    return tuple(int(count) for count in counts)
+    return FlopsReport(dense, reduced, 1.0 - reduced / dense, per_layer)

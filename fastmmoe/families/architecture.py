@@ -1,4 +1,7 @@
-"""The sizes of a text model on which the cost of its prefill depends, layer by layer, read from its config."""
+"""The sizes of a text model on which the cost of its prefill depends, layer by layer, read from its config.
+
+Weights and multiply-adds are what FLOPs are counted from, widths what bytes are counted from.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +29,8 @@ class Mixer:
         chunk: tokens of a chunk that see nothing outside it; 0: no chunks.
         index_pair: multiply-adds per query and key of an indexer that chooses keys.
         index_pool: tokens that one key of the indexer stands for.
+        query, key, value: numbers per token of all queries, keys and values, as they are when they are mixed; of what
+            a state space or a short convolution has in their place.
     """
 
     weights: int = 0
@@ -35,6 +40,14 @@ class Mixer:
     chunk: int = 0
     index_pair: int = 0
     index_pool: int = 1
+    query: int = 0
+    key: int = 0
+    value: int = 0
+
+    @property
+    def output(self) -> int:
+        """Numbers per token that mixing gives to the last projection."""
+        return self.pair - self.query if self.pair else self.value
 
     def flops(self, tokens: int) -> int:
         """Over one sample's tokens."""
@@ -57,10 +70,16 @@ class Mlp:
         weights: parameters that multiply every token: of the gate, shared experts, projections around the experts, or
             of a dense MLP.
         expert: parameters of one expert; 0 without experts.
+        width: numbers per token between the matrices of a dense MLP, or of the shared experts.
+        expert_width: numbers per token between the matrices of one expert.
+        expert_hidden: numbers per token that an expert reads and gives.
     """
 
     weights: int = 0
     expert: int = 0
+    width: int = 0
+    expert_width: int = 0
+    expert_hidden: int = 0
 
     def flops(self, tokens: int, active: int) -> int:
         """`active` is the sum over tokens of their experts."""
@@ -92,7 +111,7 @@ def no_weights(config: Any, layer: int) -> int:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a text model that its FLOPs depend on.
+    """The sizes of a text model that its prefill's cost depends on.
 
     Attributes:
         num_experts_per_tok: experts per token, K.
@@ -232,18 +251,23 @@ def _head_dim(config: Any, kind: str) -> int:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
+# of a token's queries, keys and values, all heads together
+_Widths = tuple[int, int, int]
+
+
 def _mixer(config: Any, layer: int, more_weights: int) -> Mixer:
     kind = layer_kind(config, layer)
     if kind in _NO_MIXER:
         return Mixer()
     if kind in RECURRENT:
-        weights, state = _recurrent(config)
-        return Mixer(weights=weights + more_weights, state=state)
+        weights, state, (query, key, value) = _recurrent(config)
+        return Mixer(weights=weights + more_weights, state=state, query=query, key=key, value=value)
     has_indexer = kind.endswith(("indexed_attention", "sparse", "sparse_attention"))
     if kind not in _ATTENTION and not has_indexer:
         raise _UnknownKindError(repr(kind))
     is_latent = bool(getattr(config, "kv_lora_rank", None)) and getattr(config, "use_mla", True)
-    weights, pair = _latent_attention(config, kind, layer) if is_latent else _attention(config, kind, layer)
+    weights, pair, widths = _latent_attention(config, kind, layer) if is_latent else _attention(config, kind, layer)
+    query, key, value = widths
     window = _first(config, "sliding_window", "sliding_window_size") if _is_sliding(kind) else None
     chunk = _first(config, "attention_chunk_size") if kind == "chunked_attention" else None
     index_weights, index_pair, index_pool = _indexer(config, layer) if has_indexer else (0, 0, 1)
@@ -254,6 +278,9 @@ def _mixer(config: Any, layer: int, more_weights: int) -> Mixer:
         chunk=chunk or 0,
         index_pair=index_pair,
         index_pool=index_pool,
+        query=query,
+        key=key,
+        value=value,
     )
 
 
@@ -263,17 +290,18 @@ def _reuses_keys(config: Any, layer: int) -> bool:
     return bool(modes) and str(modes[layer]).startswith("reuse")
 
 
-def _attention(config: Any, kind: str, layer: int) -> tuple[int, int]:
-    """(parameters, multiply-adds per query and key)."""
+def _attention(config: Any, kind: str, layer: int) -> tuple[int, int, _Widths]:
+    """(parameters, multiply-adds per query and key, widths)."""
     heads, key_heads = _heads(config, kind)
     head_dim = _head_dim(config, kind)
     # keys may serve as values too
     projected = 1 if getattr(config, "attention_k_eq_v", False) and not _is_sliding(kind) else 2
     key_width = 0 if _reuses_keys(config, layer) else projected * key_heads * head_dim
-    return config.hidden_size * (2 * heads * head_dim + key_width), 2 * heads * head_dim
+    weights = config.hidden_size * (2 * heads * head_dim + key_width)
+    return weights, 2 * heads * head_dim, (heads * head_dim, key_heads * head_dim, key_heads * head_dim)
 
 
-def _latent_attention(config: Any, kind: str, layer: int) -> tuple[int, int]:
+def _latent_attention(config: Any, kind: str, layer: int) -> tuple[int, int, _Widths]:
     """MLA, every head's keys and values written out."""
     heads = _of_kind(config, kind, "num_attention_heads")
     query_rank, rank = _of_kind(config, kind, "q_lora_rank") or 0, _of_kind(config, kind, "kv_lora_rank")
@@ -287,7 +315,7 @@ def _latent_attention(config: Any, kind: str, layer: int) -> tuple[int, int]:
     latent = 0 if _reuses_keys(config, layer) else config.hidden_size * (rank + rotary)
     written_out = rank * heads * (plain + value)
     output = heads * value * config.hidden_size
-    return query + latent + written_out + output, width + heads * value
+    return query + latent + written_out + output, width + heads * value, (width, width, heads * value)
 
 
 def _indexer(config: Any, layer: int) -> tuple[int, int, int]:
@@ -309,8 +337,8 @@ def _indexer(config: Any, layer: int) -> tuple[int, int, int]:
     return weights, pair, pool
 
 
-def _recurrent(config: Any) -> tuple[int, int]:
-    """(parameters, multiply-adds per token on the state) of linear attention, a state space or a short convolution."""
+def _recurrent(config: Any) -> tuple[int, int, _Widths]:
+    """Linear attention, a state space or a short convolution: (parameters, multiply-adds on the state, widths)."""
     hidden = config.hidden_size
     if heads := _first(config, "linear_num_value_heads"):
         # the gated delta rule, with a gate of the output and two numbers per head
@@ -319,20 +347,21 @@ def _recurrent(config: Any) -> tuple[int, int]:
         convolved = 2 * key_width + width
         weights = hidden * (convolved + width + 2 * heads) + width * hidden
         weights += convolved * config.linear_conv_kernel_dim
-        return weights, 3 * width * config.linear_key_head_dim
+        return weights, 3 * width * config.linear_key_head_dim, (key_width, key_width, width)
     if heads := _first(config, "linear_num_heads"):
         # the same rule with a decay per channel, which like the gate is made by two matrices
         head_dim, width = config.linear_head_dim, heads * config.linear_head_dim
         weights = hidden * (3 * width + heads) + width * hidden + 2 * (hidden + width) * head_dim
         weights += 3 * width * config.linear_conv_kernel_dim
-        return weights, 3 * width * head_dim
+        return weights, 3 * width * head_dim, (width, width, width)
     if heads := _first(config, "mamba_num_heads"):
         width = heads * config.mamba_head_dim
         convolved = width + 2 * config.n_groups * config.ssm_state_size
         weights = hidden * (width + convolved + heads) + convolved * config.conv_kernel + width * hidden
-        return weights, 2 * width * config.ssm_state_size
+        state = config.n_groups * config.ssm_state_size
+        return weights, 2 * width * config.ssm_state_size, (state, state, width)
     if kernel := _first(config, "conv_L_cache"):
-        return hidden * (3 * hidden + kernel + hidden), 0
+        return hidden * (3 * hidden + kernel + hidden), 0, (hidden, hidden, hidden)
     raise _UnknownKindError(repr(RECURRENT[0]))
 
 
@@ -346,16 +375,19 @@ def _mlps(config: Any, layer: int, is_dense: bool) -> tuple[Mlp, Mlp | None]:
     dense_width = _first(config, "dense_intermediate_size", "intermediate_size_mlp", "intermediate_size") or 0
     per_layer_input = 2 * hidden * (_first(config, "hidden_size_per_layer_input") or 0)
     if is_dense:
-        return Mlp(weights=matrices * hidden * dense_width + per_layer_input), None
-    weights = hidden * _num_experts(config) + matrices * hidden * _shared_width(config) + per_layer_input
+        return Mlp(weights=matrices * hidden * dense_width + per_layer_input, width=dense_width), None
+    width = _shared_width(config)
+    weights = hidden * _num_experts(config) + matrices * hidden * width + per_layer_input
     if _first(config, "shared_expert_intermediate_size"):
         weights += hidden  # the shared expert's own gate
     if getattr(config, "enable_moe_block", False):
         weights += matrices * hidden * dense_width  # a dense MLP beside the experts
+        width += dense_width
     inner = _first(config, "moe_hidden_size", "moe_latent_size")
     if inner:
         weights += 2 * hidden * inner  # into the experts and back
-    text, vision = (Mlp(weights, matrices * (inner or hidden) * width) for width in _expert_widths(config))
+    rows = inner or hidden
+    text, vision = (Mlp(weights, matrices * rows * each, width, each, rows) for each in _expert_widths(config))
     return text, (vision if vision != text else None)
 
 

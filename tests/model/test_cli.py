@@ -147,6 +147,7 @@ def test_bench_tables(tmp_path, picture):
     assert "256 vision tokens" in out and "GFLOPs" in out and "merged" in out
     assert "12 to 15" in out  # the layers after the last stage
     assert "random" in out and "babble" in out
+    assert "language model on cpu, floors by calculation, not measured: " in out
     assert str(output) in out and output.exists()
 
 
@@ -174,6 +175,10 @@ def test_run_takes_images_and_settings(picture, checkpoint):
     assert (config["vision_top_k"], config["prune_layers"], config["alpha"]) == (3, [4, 9], 0.3)
     assert (config["strategy"], config["keep_by"], config["retention"]) == ("routing_similarity", "redundancy", 0.5)
     assert figures["report"]["n_vision"] == [512]
+    floor, counted = figures["calculated_floor_seconds"], figures["report"]["flops"]
+    # in float32 on a CPU nearly all of it is FLOPs
+    assert floor["device"] == "cpu" and 0 < floor["fastmmoe"] < floor["dense"]
+    assert floor["fastmmoe"] / floor["dense"] == pytest.approx(counted["reduced"] / counted["dense"], rel=0.25)
     assert [stage["layer"] for stage in figures["report"]["stages"]] == [4, 9]
     assert figures["picture"] is None
 
@@ -241,7 +246,7 @@ def test_doctor_names_this_machine():
     assert torch.__version__ in succeed("doctor")
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "bench", "flops", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "run", "bench", "flops", "time", "doctor"])
 def test_help_has_an_example(command):
     assert f"Example: fastmmoe {command}" in " ".join(succeed(command, "--help").split())
 
@@ -305,4 +310,4 @@ def test_without_the_extra_the_command_names_it(module):
 def test_the_command_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "fastmmoe.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("demo", "run", "bench", "flops", "doctor"))
+    assert all(command in done.stdout for command in ("demo", "run", "bench", "flops", "time", "doctor"))

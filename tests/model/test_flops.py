@@ -20,7 +20,8 @@ from transformers import (
     Qwen3MoeModel,
 )
 
-from fastmmoe.cost.flops import ARCHITECTURES, Architecture, flops
+from fastmmoe.cost.flops import flops
+from fastmmoe.families import ARCHITECTURES, Architecture
 from fastmmoe.families.architecture import Layer, Mixer, Mlp
 from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
@@ -257,8 +258,9 @@ def test_defaults_of_a_config_without_the_optional_attributes():
         moe_intermediate_size=20, intermediate_size=44, mlp_layer_types=["dense", "sparse"],
     )
     architecture = Architecture.from_config(config)
-    mixer = Mixer(weights=4 * 32 * 32, pair=2 * 32)
-    dense, moe = Mlp(weights=3 * 32 * 44), Mlp(weights=32 * 6, expert=3 * 32 * 20)
+    mixer = Mixer(weights=4 * 32 * 32, pair=2 * 32, query=32, key=32, value=32)
+    dense = Mlp(weights=3 * 32 * 44, width=44)
+    moe = Mlp(weights=32 * 6, expert=3 * 32 * 20, expert_width=20, expert_hidden=32)
     assert architecture == Architecture(32, 6, 2, (Layer(mixer, dense), Layer(mixer, moe)))
     assert Architecture.of(**vars(config)) == architecture
 

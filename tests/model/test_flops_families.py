@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from fastmmoe.cost.flops import ARCHITECTURES, flops
-from fastmmoe.families import FAMILIES, Family, architecture_of, find_text_model, plain_name
+from fastmmoe.cost.flops import flops
+from fastmmoe.families import ARCHITECTURES, FAMILIES, Family, architecture_of, find_text_model, plain_name
 from fastmmoe.families.architecture import Layer, dense_layers
 from fastmmoe.methods import FastMMoEConfig
 

@@ -1,0 +1,115 @@
+"""Which tokens every layer of a prefill sees: what FLOPs and times are counted from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from fastmmoe.config import ReductionConfig
+from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, plain_name
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The vision tokens of one reduced decoder layer, per sample.
+
+    Attributes:
+        layer: counted from 0.
+        before: those that its attention sees.
+        after: those that its MoE (or dense MLP) sees: fewer where tokens are pruned in front of the MoE.
+        vision_top_k: experts of each.
+        prunes: whether it is a prune layer.
+    """
+
+    layer: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    vision_top_k: int
+    prunes: bool
+
+
+@dataclass(frozen=True)
+class PrefillTokens:
+    """A checked question about a prefill: the model's sizes, tokens per sample, and what each layer sees of them."""
+
+    architecture: Architecture
+    text: tuple[int, ...]
+    vision: tuple[int, ...]
+    layers: tuple[LayerTokens, ...]
+
+
+def count_tokens(
+    text_config: Any,
+    n_text: int | Sequence[int],
+    n_vision: int | Sequence[int],
+    config: ReductionConfig,
+    vision_left: Sequence[Sequence[int]] | None = None,
+) -> PrefillTokens:
+    """Tokens per layer; arguments and errors are those of `fastmmoe.flops`."""
+    architecture = _architecture(text_config)
+    if not isinstance(config, ReductionConfig):
+        raise TypeError(f"config: expected a FastMMoEConfig, got {type(config).__name__}")
+    top_k = architecture.num_experts_per_tok
+    config.check_model(architecture.num_hidden_layers, top_k)
+    text, vision = _counts("n_text", n_text), _counts("n_vision", n_vision)
+    if len(text) != len(vision):
+        raise ValueError(f"n_vision: expected {len(text)} samples like n_text, got {len(vision)}")
+    if sum(text) + sum(vision) == 0:
+        raise ValueError("n_text and n_vision: expected at least one token, got none")
+    left = _vision_left(config, vision, vision_left)
+    layers = []
+    before = vision
+    for layer in range(architecture.num_hidden_layers):
+        behind = left.get(layer, before)
+        is_reduced = config.vision_top_k is not None and layer >= config.reduction_layer
+        layers.append(
+            LayerTokens(
+                layer=layer,
+                before=before,
+                after=before if config.prunes_behind_layer else behind,
+                vision_top_k=config.vision_top_k if is_reduced else top_k,
+                prunes=layer in left,
+            )
+        )
+        before = behind
+    return PrefillTokens(architecture, text, vision, tuple(layers))
+
+
+def _vision_left(
+    config: ReductionConfig, vision: tuple[int, ...], measured: Sequence[Sequence[int]] | None
+) -> dict[int, tuple[int, ...]]:
+    """Prune layer -> vision tokens per sample behind it."""
+    if measured is not None:
+        stages = [_counts(f"vision_left[{stage}]", counts) for stage, counts in enumerate(measured)]
+        if [len(counts) for counts in stages] != [len(vision)] * len(config.prune_layers):
+            raise ValueError(
+                f"vision_left: expected {len(vision)} counts for each of {len(config.prune_layers)} prune layers, "
+                f"got {[len(counts) for counts in stages]}"
+            )
+        return dict(zip(config.prune_layers, stages, strict=True))
+    left = {}
+    for stage, layer in enumerate(config.prune_layers):
+        vision = left[layer] = tuple(config.vision_left(stage, n) for n in vision)
+    return left
+
+
+def _architecture(text_config: Any) -> Architecture:
+    if isinstance(text_config, Architecture):
+        return text_config
+    if not isinstance(text_config, str):
+        return architecture_of(text_config)
+    name = plain_name(text_config)
+    for known, architecture in ARCHITECTURES.items():
+        if name == known or name.startswith(f"{known}-"):
+            return architecture
+    raise ValueError(f"text_config: unknown name {text_config!r}, expected one of {', '.join(ARCHITECTURES)}")
+
+
+def _counts(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    counts = tuple(value) if hasattr(value, "__iter__") else (value,)
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise TypeError(f"{name}: expected token counts, got {count!r} ({type(count).__name__})")
+        if count < 0:
+            raise ValueError(f"{name}: expected token counts >= 0, got {count}")
+    return tuple(int(count) for count in counts)
