@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
+from transformers.utils import import_utils
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
@@ -185,6 +186,46 @@ def test_fixed_layout_refuses_what_it_does_not_describe():
         text_model(model)(inputs_embeds=embeds[:, :4])
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_captured_prefill_of_a_full_batch_makes_no_mask(config, monkeypatch):
+    """What makes SDPA run flash attention: no mask, causal, grouped keys as they are."""
+    model = tiny_internvl()
+    layout = two_images(2)
+    fastmmoe.enable(model, config)
+    embeds = torch.randn(2, layout.width, 64, generator=torch.Generator().manual_seed(0))
+    calls = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def prefill():
+        cache = DynamicCache(config=text_model(model).config)
+        return text_model(model)(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+
+    with torch.no_grad(), fastmmoe.fixed_layout(model, layout):
+        want = prefill()
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda query, key, *args, **kwargs: calls.append((key, kwargs)) or attend(query, key, *args, **kwargs),
+        )
+        got = prefill()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 6
+    for key, kwargs in calls:
+        assert kwargs["attn_mask"] is None and kwargs["is_causal"] and key.shape[1] == 2
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_captured_prefill_of_a_padded_batch_keeps_its_mask(padding_side, monkeypatch):
+    model = tiny_internvl()
+    batch = tiny_batch(model, (1, 2), padding_side=padding_side)
+    fastmmoe.enable(model, FastMMoEConfig(**BOTH))
+    with torch.no_grad():
+        want = model(**batch).logits
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        torch.testing.assert_close(model(**batch).logits, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_whole_prefill_is_captured_as_a_cuda_graph(config):
@@ -198,7 +239,9 @@ def test_a_whole_prefill_is_captured_as_a_cuda_graph(config):
     other = torch.randn(2, layout.width, 64, device="cuda", generator=generator)
 
     def prefill():
-        return text_model(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        # without a cache, transformers reads whether position ids tell of packed rows
+        cache = DynamicCache(config=text_model(model).config)
+        return text_model(model)(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
 
     with torch.no_grad(), fastmmoe.fixed_layout(model, layout):
         stream = torch.cuda.Stream()
