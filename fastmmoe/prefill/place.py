@@ -7,15 +7,23 @@ _NUMBERS = count(1)
 
 
 class Token:
-    """Of one forward; later ones have higher numbers."""
+    """Of one forward: when it began, and when it ended."""
 
-    __slots__ = ("number",)
+    __slots__ = ("began", "ended")
 
     def __init__(self) -> None:
-        self.number = next(_NUMBERS)
+        self.began, self.ended = next(_NUMBERS), None
+
+    def end(self) -> None:
+        self.ended = next(_NUMBERS)
+
+    def marks(self, other: "Token") -> bool:
+        """Whether this mark stands for another forward's: its own, or that of one beside it, in another thread."""
+        return self.ended is None or self.ended > other.began
 
 
 NO_FORWARD = Token()
+NO_FORWARD.end()
 
 
 @dataclass(eq=False)

@@ -191,12 +191,11 @@ class TextPatch(EntryPatch):
             return output
         plan = forward.plan
         if forward.has_vision:
-            # a mark of a later forward, in another thread, has taken the place of this one's
-            first, places = forward.token.number, [plan.places[number] for number in plan.reduced]
+            mine, places = forward.token, [plan.places[number] for number in plan.reduced]
             done = {
                 "prune layers": (len(forward.segments) - 1, len(plan.stages)),
-                "gates": (sum(place.gate.number >= first for place in places), len(places)),
-                "experts": (sum(place.experts.number >= first for place in places), len(places)),
+                "gates": (sum(place.gate.marks(mine) for place in places), len(places)),
+                "experts": (sum(place.experts.marks(mine) for place in places), len(places)),
             }
             if any(ran != wanted for ran, wanted in done.values()):
                 what = ", ".join(f"{ran} of {wanted} {kind}" for kind, (ran, wanted) in done.items())
@@ -207,6 +206,12 @@ class TextPatch(EntryPatch):
             return output
         short = output[0]
         return _replaced(output, short, forward.restore_length(short))
+
+    @torch.compiler.disable
+    def end(self, call: Call | None, forward: ForwardPass | None, at: int | None) -> None:
+        if RUNNING.forward is not None and RUNNING.forward is not forward:
+            RUNNING.forward.token.end()
+        super().end(call, forward, at)
 
     # ---------------------------------------------------------------- what is refused
 

@@ -1,8 +1,8 @@
 """No mask of a full batch while a CUDA graph is captured.
 
 transformers leaves out a mask that says nothing, for SDPA to run flash attention, except where it cannot read the
-batch: while a stream captures it writes out all n^2 pairs. The host knows from the layout that the batch is full. So the text
-model's config then names a mask function that makes none, under a name equal to the real one.
+batch: while a stream captures it writes out all n^2 pairs. The host knows from the layout that the batch is full. So
+the text model's config then names a mask function that makes none, under a name equal to the real one.
 """
 
 from typing import Any
