@@ -22,8 +22,8 @@ class MainLoop:
             None where there are no asynchronous copies.
         register_loads: loads from global memory into registers (LDG) in the loop, all steps together.
         wgmma_in_flight: groups of wgmma that every wait in the loop leaves running; None where nothing waits.
-        unguarded_waits: wgmma waits in the kernel after which shared memory is written before a barrier of the block. The
-            wait is per warpgroup: another one may still read what is overwritten.
+        unguarded_waits: wgmma waits in the kernel after which shared memory is written before a barrier of the block.
+            The wait is per warpgroup: another one may still read what is overwritten.
         register_operands: wgmma in the kernel that take A from registers.
         proxy_fences: `fence.proxy.async` in the kernel.
     """
