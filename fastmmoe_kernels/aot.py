@@ -210,8 +210,8 @@ def compile_all(targets: list[str], kernels: str = "") -> list[dict]:
     return [records[job] for job in jobs]
 
 
-def _name(record: dict) -> str:
-    """Of a configuration, as the baseline has it: everything that it was compiled from."""
+def configuration_name(record: dict) -> str:
+    """As the baseline has it: everything that a configuration was compiled from."""
     config = (f"{name}={value}" for name, value in record["config"].items())
     return " ".join([record["kernel"], record["target"], ",".join(record["types"].values()), *config])
 
@@ -226,16 +226,16 @@ def compare_all(
     records: list[dict], baseline: dict[str, dict[str, float]], targets: list[str], kernels: str
 ) -> tuple[list[str], list[str]]:
     """Add to the records' problems what is worse than the baseline; improvements, and what is no longer shipped."""
-    improvements, names = [], {_name(record) for record in records}
+    improvements, names = [], {configuration_name(record) for record in records}
     for record in records:
         if record["is_gemm"] and record["registers"] is not None:
-            accepted = baseline.get(_name(record))
+            accepted = baseline.get(configuration_name(record))
             if accepted is None:
                 record["problems"].append("no baseline; run with --write-baseline")
             else:
                 worse, better = compare(accepted, _figures(record))
                 record["problems"] += worse
-                improvements += [f"{_name(record)}: {change}" for change in better]
+                improvements += [f"{configuration_name(record)}: {change}" for change in better]
     return improvements, sorted(baseline.keys() - names - set(_not_asked_for(baseline, targets, kernels)))
 
 
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     improvements, stale = [], []
     if args.write_baseline:
         kept = {name: baseline[name] for name in _not_asked_for(baseline or {}, targets, args.kernels)}
-        new = {_name(r): _figures(r) for r in records if r["is_gemm"] and r["registers"] is not None}
+        new = {configuration_name(r): _figures(r) for r in records if r["is_gemm"] and r["registers"] is not None}
         print(f"wrote {write_baseline(triton.__version__, kept | new)}")
     elif baseline is None:
         print(f"Triton {triton.__version__} has no baseline: figures are not compared")
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAIL: {name}: in the baseline, no longer shipped; run with --write-baseline")
     for record in records:
         for problem in record["problems"]:
-            print(f"FAIL: {_name(record)}: {problem}")
+            print(f"FAIL: {configuration_name(record)}: {problem}")
     failed = sum(bool(record["problems"]) for record in records)
     print(f"{len(records)} compiled, {failed} failed" + (f", {len(stale)} of the baseline stale" if stale else ""))
     return 1 if failed or stale else 0
