@@ -140,17 +140,13 @@ def attention_mean_kernel(
 
 
 @cache
-def attention_blocks(heads_per_group: int, head_dim: int, itemsize: int, aligned: bool) -> dict[str, int]:
-    """Block sizes of launch 1: rows of 128 bytes, at most 4,096 logits per program, 16 at least as `tl.dot` wants.
-
-    Rows that are not aligned are read element by element, through registers: half as much at once, or they spill.
-    """
+def attention_blocks(heads_per_group: int, head_dim: int, itemsize: int) -> dict[str, int]:
+    """Block sizes of launch 1: rows of 128 bytes, at most 4,096 logits per program, 16 at least as `tl.dot` wants."""
     block_g = max(16, triton.next_power_of_2(heads_per_group))
-    row_bytes = 128 if aligned else 64
     return {
         "BLOCK_N": max(16, min(128, 4096 // block_g)),
         "BLOCK_G": block_g,
-        "BLOCK_D": max(16, min(row_bytes // itemsize, triton.next_power_of_2(head_dim))),
+        "BLOCK_D": max(16, min(128 // itemsize, triton.next_power_of_2(head_dim))),
     }
 
 
@@ -179,14 +175,13 @@ def last_query_attention_triton(
         return output
     heads_per_group = num_heads // num_kv_heads
     heads_per_mask = num_heads // key_mask.shape[1] if key_mask is not None and key_mask.dim() == 3 else num_heads
-    outer = (query.data_ptr(), key.data_ptr(), *query.stride()[:2], *key.stride()[:2])
-    aligned = all(x % 16 == 0 for x in outer)
-    blocks = attention_blocks(heads_per_group, head_dim, key.element_size(), aligned)
+    blocks = attention_blocks(heads_per_group, head_dim, key.element_size())
     num_blocks = cdiv(num_keys, blocks["BLOCK_N"])
     # whole blocks: every row of logits starts aligned, whatever the number of keys
     logits = query.new_empty(batch_size, num_heads, num_blocks * blocks["BLOCK_N"], dtype=torch.float32)
     block_max = query.new_empty(batch_size, num_heads, num_blocks, dtype=torch.float32)
     block_sum = torch.empty_like(block_max)
+    outer = (query.data_ptr(), key.data_ptr(), *query.stride()[:2], *key.stride()[:2])
     attention_logits_kernel[(num_blocks, num_kv_heads, batch_size)](
         query,
         key,
@@ -201,7 +196,7 @@ def last_query_attention_triton(
         scale,
         D=head_dim,
         HEADS_PER_GROUP=heads_per_group,
-        ALIGNED=aligned,
+        ALIGNED=all(x % 16 == 0 for x in outer),
         BLOCK_M=1 if heads_per_mask % heads_per_group == 0 else blocks["BLOCK_G"],
         **blocks,
         num_stages=logits_stages(key.element_size()),
@@ -245,9 +240,9 @@ def aot_variants() -> list[KernelVariant]:
         )
         for heads, head_dim, dtype, mask, aligned in launches
         for itemsize in (4 if dtype == "fp32" else 2,)
-        for blocks in (attention_blocks(heads, head_dim, itemsize, aligned),)
+        for blocks in (attention_blocks(heads, head_dim, itemsize),)
     ]  # fmt: skip
-    block_sizes = sorted({(h, attention_blocks(h // kv, d, 2, True)["BLOCK_N"]) for h, kv, d in models})
+    block_sizes = sorted({(h, attention_blocks(h // kv, d, 2)["BLOCK_N"]) for h, kv, d in models})
     variants += [
         KernelVariant(
             attention_mean_kernel,

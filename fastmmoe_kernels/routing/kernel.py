@@ -263,17 +263,16 @@ def gate_blocks(num_experts: int, top_k: int, n_group: int, has_bias: bool, item
     block_e = max(16, triton.next_power_of_2(num_experts))  # tl.dot takes 16 columns or more
     # with a bias, scores and probabilities are in registers at once; float32 has no tensor cores at full precision
     scores = 4096 if itemsize == 4 else 8192 if has_bias else 16384
-    num_stages = 2 if itemsize == 4 or block_e > 256 else 3
-    weights = 16384 if itemsize == 2 and num_stages == 2 else 8192
+    weights = 4096 if itemsize == 4 else 16384 if block_e > 256 else 8192
     return {
         "BLOCK_T": min(64, max(16, scores // block_e)),
         "BLOCK_H": max(16, min(32 if itemsize == 4 else 64, weights // block_e)),
         "BLOCK_E": block_e,
         "BLOCK_G": triton.next_power_of_2(n_group),
         "BLOCK_K": triton.next_power_of_2(top_k),
-        # with 8 warps, float32 and 256 experts spill on sm_100
+        # with 8 warps, Triton 3.6 spills float32 and 256 experts on sm_100
         "num_warps": 16 if itemsize == 4 and block_e > 128 else 8 if block_e > 64 else 4,
-        "num_stages": num_stages,
+        "num_stages": 2 if itemsize == 4 or block_e > 256 else 3,
     }
 
 
@@ -429,7 +428,7 @@ def aot_variants() -> list[KernelVariant]:
                     num_stages=blocks["num_stages"],
                     is_gemm=True,
                     needs_wgmma=blocks["BLOCK_T"] >= 64,
-                    load_bytes=min(16, tokens // (32 * blocks["num_warps"])),
+                    load_bytes=min(16, max(4, tokens // (32 * blocks["num_warps"]))),
                 )
             else:
                 constants |= {"stride_expert": 1} | routing_blocks(num_experts, top_k, n_group)
