@@ -71,8 +71,8 @@ def read_main_loop(sass: str) -> MainLoop:
     is_unrolled = loop is None
     if is_unrolled:
         products = _select(code, product, range(len(code)))
-        waits = [index for index in _select(code, COPY_WAIT, range(len(code))) if index < products[-1]]
-        loop = range(min(waits[:1] + products[:1]), products[-1] + 1)
+        first_wait = _select(code, COPY_WAIT, range(len(code)))[:1]
+        loop = range(min(first_wait + products[:1]), products[-1] + 1)
     steps = max(1, len(_select(code, COPY_WAIT, loop)))
     copies = [code[index].text.split()[0] for index in _select(code, "LDGSTS|UTMALDG", range(len(code)))]
     return MainLoop(

@@ -88,6 +88,11 @@ def test_no_asynchronous_copies_at_all():
     assert rolled(*spoiled).async_bytes is None
 
 
+def test_copies_by_tma_alone():
+    by_tma = [part.replace("LDGSTS.E.BYPASS.128 [R23", "UTMALDG.2D [UR8], [UR4") for part in (STEP, START)]
+    assert rolled(*by_tma) == GOOD
+
+
 def test_in_front_of_the_loop():
     """The narrowest copy is looked for in the whole kernel, loads into registers in the loop alone."""
     start = START + "LDGSTS.E [R9], desc[UR14][R8.64]\n LDG.E R4, desc[UR14][R2.64]"
@@ -110,6 +115,7 @@ BARRIER = "LE gsb0, 0x1\n    BAR.SYNC.DEFER_BLOCKING 0x0"
         # around the barrier
         ("LE gsb0, 0x1\n @P4 BRA `(.L_over)\n BAR.SYNC.DEFER_BLOCKING 0x0\n.L_over:", False),
         ("LE gsb0, 0x1\n BRA.U UP0, `(.L_over)\n BAR.SYNC.DEFER_BLOCKING 0x0\n.L_over:", False),
+        ("LE gsb0, 0x1\n BRA.U !UP0, `(.L_over)\n STS [R1], R2\n.L_over:\n BAR.SYNC.DEFER_BLOCKING 0x0", False),
         ("LE gsb0, 0x1\n BRA `(.L_over)\n STS [R1], R2\n.L_over:\n BAR.SYNC.DEFER_BLOCKING 0x0", True),
     ],
 )
@@ -179,6 +185,13 @@ def test_slow_path_of_the_loop_is_part_of_it():
     step = "@P5 BRA `(.L_slow)\n.L_back:\n" + STEP
     path = ".L_slow:\n IADD3 R1, R2, R3, RZ\n BRA `(.L_back)\n"
     assert rolled(step, end=END + path).instructions == 14.0
+
+
+def test_slow_path_makes_no_loop_of_unrolled_code():
+    """It jumps back, and all products come in front of it."""
+    path = ".L_slow:\n IADD3 R1, R2, R3, RZ\n BRA `(.L_back)\n"
+    loop = read_main_loop(listing(START, STEP, STEP, "@P5 BRA `(.L_slow)\n.L_back:\n", END, path))
+    assert loop.is_unrolled and loop.instructions == 8.0
 
 
 @pytest.mark.parametrize("sass", ["", listing(START, END)])
