@@ -14,7 +14,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
 	@echo "make lint       ruff"
-	@echo "make aot        compile every kernel for every GPU target, without a GPU"
+	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
 	@echo "make wheel      build dist/fastmmoe-*.whl"
 	@echo "make bench      benchmark the prefill"
 	@echo "make reference  compile the C++ reference"

@@ -1,10 +1,18 @@
 """Compile every shipped kernel configuration on a machine with no GPU, and judge the machine code.
 
     python -m fastmmoe_kernels.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels NAME] [--json FILE]
+                                    [--write-baseline]
 
 Each op's `kernel.py` lists its configurations in `aot_variants()`. A configuration fails when it does not compile,
-spills registers to memory, needs more shared memory than a block of the target may have, or is a 16-bit GEMM that does
-not use wgmma on sm_90. Exit status: 0 all pass, 1 something failed, 2 wrong arguments or no Triton.
+spills registers to memory, or needs more shared memory than a block of the target may have. A GEMM also fails when
+
+- on NVIDIA, its loads are not asynchronous copies of 16 bytes (or of what the variant says);
+- on sm_90, it has 64 rows of a 16-bit type and no wgmma, waits for all wgmma in its main loop, takes A from
+  registers, or may write to shared memory that another warpgroup still multiplies with;
+- it got worse than the baseline of this Triton version (`baseline.py`): instructions per step of the main loop
+  (NVIDIA), registers, shared memory, wgmma and wgmma in flight (sm_90). --write-baseline accepts it as it is.
+
+Exit status: 0 all pass, 1 something failed, 2 wrong arguments or no Triton.
 """
 
 import argparse
@@ -24,6 +32,8 @@ from multiprocessing import get_context
 
 import fastmmoe_kernels
 from fastmmoe_kernels.backend import TRITON_INSTALLED
+from fastmmoe_kernels.baseline import FIGURES, compare, read_baseline, write_baseline
+from fastmmoe_kernels.sass import MainLoop, read_main_loop
 from fastmmoe_kernels.variant import KernelVariant
 
 # shared memory that one block may have, bytes
@@ -40,12 +50,14 @@ class MachineCode:
         spill_bytes: memory per thread for values that fit no register.
         shared_bytes: shared memory (LDS) per block.
         wgmma: wgmma instructions in the PTX.
+        loop: the main loop of a GEMM on NVIDIA.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     wgmma: int
+    loop: MainLoop | None = None
 
 
 def find_problems(variant: KernelVariant, target: str, code: MachineCode) -> list[str]:
@@ -56,8 +68,25 @@ def find_problems(variant: KernelVariant, target: str, code: MachineCode) -> lis
     if code.shared_bytes > SHARED_LIMIT[target]:
         problems.append(f"{code.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[target]}")
     is_16_bit = any("bf16" in kind or "fp16" in kind for kind in variant.signature.values())
-    if variant.is_gemm and target == "sm_90" and is_16_bit and code.wgmma == 0:
+    if variant.needs_wgmma and target == "sm_90" and is_16_bit and code.wgmma == 0:
         problems.append("16-bit GEMM without wgmma")
+    return problems + (_find_loop_problems(code.loop, variant.load_bytes) if code.loop else [])
+
+
+def _find_loop_problems(loop: MainLoop, load_bytes: int) -> list[str]:
+    problems = []
+    if loop.async_bytes is None:
+        problems.append("no asynchronous loads")
+    elif loop.async_bytes < load_bytes:
+        problems.append(f"asynchronous loads of {loop.async_bytes} bytes, expected {load_bytes}")
+    if loop.register_loads:
+        problems.append(f"{loop.register_loads} loads into registers in the main loop, expected asynchronous ones")
+    if loop.wgmma_in_flight == 0:
+        problems.append("waits for all wgmma in the main loop: 0 groups in flight, expected 1 or more")
+    if loop.unguarded_waits:
+        problems.append(f"{loop.unguarded_waits} wgmma waits without a barrier before shared memory is written again")
+    if loop.register_operands:
+        problems.append(f"{loop.register_operands} wgmma take A from registers, expected shared memory")
     return problems
 
 
@@ -84,7 +113,7 @@ def compile_variant(variant: KernelVariant, target: str) -> MachineCode:
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=gpu, options=options)
     shared = compiled.metadata.shared
-    return _read_amd(compiled.asm, shared) if is_amd else _read_nvidia(compiled.asm, shared)
+    return _read_amd(compiled.asm, shared) if is_amd else _read_nvidia(compiled.asm, shared, variant.is_gemm)
 
 
 def divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list]:
@@ -98,17 +127,21 @@ def divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list]:
     return attributes
 
 
-def _read_nvidia(asm: dict, shared: int) -> MachineCode:
+def _read_nvidia(asm: dict, shared: int, is_gemm: bool) -> MachineCode:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        loop = read_main_loop(_output(knobs.nvidia.nvdisasm.path, "-c", file.name)) if is_gemm else None
     field = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     # Triton's kernels have no stack of their own: what stands there are spilled registers
-    return MachineCode(field["REG"], field["STACK"] + field["LOCAL"], shared, asm["ptx"].count("wgmma.mma_async"))
+    return MachineCode(field["REG"], field["STACK"] + field["LOCAL"], shared, asm["ptx"].count("wgmma.mma_async"), loop)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _read_amd(asm: dict, shared: int) -> MachineCode:
@@ -148,6 +181,7 @@ def _run_job(index: int, target: str) -> dict:
         "config": variant.constants | {"num_warps": variant.num_warps, "num_stages": variant.num_stages},
         "types": variant.signature,
         "target": target,
+        "is_gemm": variant.is_gemm,
     }
     try:
         code = compile_variant(variant, target)
@@ -176,17 +210,60 @@ def compile_all(targets: list[str], kernels: str = "") -> list[dict]:
     return [records[job] for job in jobs]
 
 
-def _print_table(records: list[dict]) -> None:
-    print(f"{'kernel':<26} {'target':<7} {'registers':>9} {'spill':>6} {'shared':>7} {'wgmma':>5}  config")
+def configuration_name(record: dict) -> str:
+    """As the baseline has it: everything that a configuration was compiled from."""
+    config = (f"{name}={value}" for name, value in record["config"].items())
+    return " ".join([record["kernel"], record["target"], ",".join(record["types"].values()), *config])
+
+
+def _figures(record: dict) -> dict[str, float]:
+    """What the baseline has of a GEMM; what is None or 0 is left out."""
+    both = record | (record["loop"] or {})
+    return {name: both[name] for name in FIGURES if both.get(name)}
+
+
+def compare_all(
+    records: list[dict], baseline: dict[str, dict[str, float]], targets: list[str], kernels: str
+) -> tuple[list[str], list[str]]:
+    """Add to the records' problems what is worse than the baseline; improvements, and what is no longer shipped."""
+    improvements, names = [], {configuration_name(record) for record in records}
     for record in records:
-        numbers = [record[name] for name in MachineCode.__dataclass_fields__]
-        registers, spill, shared, wgmma = ("-" if number is None else number for number in numbers)
+        if record["is_gemm"] and record["registers"] is not None:
+            accepted = baseline.get(configuration_name(record))
+            if accepted is None:
+                record["problems"].append("no baseline; run with --write-baseline")
+            else:
+                worse, better = compare(accepted, _figures(record))
+                record["problems"] += worse
+                improvements += [f"{configuration_name(record)}: {change}" for change in better]
+    return improvements, sorted(baseline.keys() - names - set(_not_asked_for(baseline, targets, kernels)))
+
+
+def _not_asked_for(baseline: dict[str, dict[str, float]], targets: list[str], kernels: str) -> list[str]:
+    """Configurations of other targets and kernels than these."""
+    asked = [(name, *name.split()[:2]) for name in baseline]
+    return [name for name, kernel, target in asked if kernels not in kernel or target not in targets]
+
+
+def _print_table(records: list[dict]) -> None:
+    print(
+        f"{'kernel':<26} {'target':<7} {'registers':>9} {'spill':>6} {'shared':>7} {'wgmma':>5} {'in flight':>9} "
+        f"{'instr/step':>10}  config"
+    )
+    for record in records:
+        loop = record["loop"] or {}
+        numbers = [record[name] for name in ("registers", "spill_bytes", "shared_bytes", "wgmma")]
+        numbers += [loop.get("wgmma_in_flight"), loop.get("instructions")]
+        registers, spill, shared, wgmma, in_flight, steps = ("-" if n is None else n for n in numbers)
+        steps = f"{steps}{'*' if loop.get('is_unrolled') else ' '}"
         pointer = next(iter(record["types"].values()), "")
         config = " ".join([pointer, *(f"{name}={value}" for name, value in record["config"].items())])
-        name, target = record["kernel"], record["target"]
-        print(f"{name:<26} {target:<7} {registers:>9} {spill:>6} {shared:>7} {wgmma:>5}  {config}")
-        for problem in record["problems"]:
-            print(f"  FAIL: {problem}")
+        print(
+            f"{record['kernel']:<26} {record['target']:<7} {registers:>9} {spill:>6} {shared:>7} {wgmma:>5} "
+            f"{in_flight:>9} {steps:>10}  {config}"
+        )
+    if any(record["loop"] and record["loop"]["is_unrolled"] for record in records):
+        print("* no loop is left: mean of its steps")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--kernels", default="", metavar="NAME", help="only kernels whose name contains NAME")
     parser.add_argument("--json", metavar="FILE", help="write the report there too, a list of objects")
+    parser.add_argument(
+        "--write-baseline", action="store_true", help="accept the figures of the GEMMs, for the Triton that runs"
+    )
     args = parser.parse_args(argv)
     targets = list(dict.fromkeys(args.targets.split(",")))
     if unknown := [target for target in targets if target not in SHARED_LIMIT]:
@@ -205,13 +285,34 @@ def main(argv: list[str] | None = None) -> int:
     records = compile_all(targets, args.kernels)
     if not records:
         parser.error(f"--kernels: no kernel's name contains {args.kernels!r}")
+    import triton
+
+    baseline = read_baseline(triton.__version__)
+    improvements, stale = [], []
+    if args.write_baseline:
+        kept = {name: baseline[name] for name in _not_asked_for(baseline or {}, targets, args.kernels)}
+        new = {configuration_name(r): _figures(r) for r in records if r["is_gemm"] and r["registers"] is not None}
+        print(f"wrote {write_baseline(triton.__version__, kept | new)}")
+    elif baseline is None:
+        print(f"Triton {triton.__version__} has no baseline: figures are not compared")
+    else:
+        improvements, stale = compare_all(records, baseline, targets, args.kernels)
     _print_table(records)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(records, file, indent=1, default=str)
+    for improvement in improvements:
+        print(f"better: {improvement}")
+    if improvements:
+        print("accept what is better with --write-baseline")
+    for name in stale:
+        print(f"FAIL: {name}: in the baseline, no longer shipped; run with --write-baseline")
+    for record in records:
+        for problem in record["problems"]:
+            print(f"FAIL: {configuration_name(record)}: {problem}")
     failed = sum(bool(record["problems"]) for record in records)
-    print(f"{len(records)} compiled, {failed} failed")
-    return 1 if failed else 0
+    print(f"{len(records)} compiled, {failed} failed" + (f", {len(stale)} of the baseline stale" if stale else ""))
+    return 1 if failed or stale else 0
 
 
 if __name__ == "__main__":

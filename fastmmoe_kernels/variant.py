@@ -18,7 +18,9 @@ class KernelVariant:
         num_warps: warps per program.
         num_stages: pipeline stages.
         targets: the targets it ships for.
-        is_gemm: must use wgmma on sm_90 when it multiplies 16-bit types.
+        is_gemm: multiplies matrices: its main loop is judged, and its figures are compared with the baseline.
+        needs_wgmma: a GEMM that must use wgmma on sm_90 when it multiplies 16-bit types: one of 64 rows or more.
+        load_bytes: per thread, of a GEMM's narrowest asynchronous load; less than 16 where a tile has too few elements.
         unaligned: arguments of `signature` that are not divisible by 16.
     """
 
@@ -29,4 +31,6 @@ class KernelVariant:
     num_stages: int = 3
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
     is_gemm: bool = False
+    needs_wgmma: bool = False
+    load_bytes: int = 16
     unaligned: tuple[str, ...] = ()

@@ -118,7 +118,9 @@ def dispatch_blocks(num_experts: int) -> dict[str, int]:
     """Block sizes: about 8,192 numbers per two-dimensional block, and no more pairs than registers can hold."""
     block_e = triton.next_power_of_2(num_experts)
     side = max(1, 8192 // block_e)
-    return {"BLOCK_P": min(side, 128), "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
+    # Triton 3.6 spills 32 pairs of 256 experts on gfx942
+    pairs = min(side, 128 if block_e < 256 else 16)
+    return {"BLOCK_P": pairs, "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
 
 
 def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatch:

@@ -420,10 +420,16 @@ def _gemm_variants(target: str, kind: str, layer: _Layer, tiles: ExpertTiles) ->
         launch = _launch(tile)
         warps_and_stages = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
         constants = {"H": width, "I": intermediate, **form, "HAS_BIAS": layer.has_bias, "BLOCK_M": tiles.block_m}
-        # wgmma multiplies 64 rows or more
-        is_gemm = tiles.block_m >= 64
         variants.append(
-            KernelVariant(kernel, signature, constants | launch, **warps_and_stages, targets=(target,), is_gemm=is_gemm)
+            KernelVariant(
+                kernel,
+                signature,
+                constants | launch,
+                **warps_and_stages,
+                targets=(target,),
+                is_gemm=True,
+                needs_wgmma=tiles.block_m >= 64,
+            )
         )
     return variants
 

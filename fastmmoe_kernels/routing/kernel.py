@@ -257,19 +257,22 @@ def gate_blocks(num_experts: int, top_k: int, n_group: int, has_bias: bool, item
     """Block sizes, warps and stages: 64 tokens per program, which wgmma needs, as long as nothing spills.
 
     Every program reads all weights, so that fewer tokens would not make it much faster, only more programs. The same on
-    all targets: three stages fit the 64 KiB of gfx942 up to 512 experts.
+    all targets, for the 64 KiB of gfx942: three stages up to 256 experts, two with blocks twice as deep above, because
+    shallower blocks of tokens would be too few bytes per thread for asynchronous copies.
     """
     block_e = max(16, triton.next_power_of_2(num_experts))  # tl.dot takes 16 columns or more
     # with a bias, scores and probabilities are in registers at once; float32 has no tensor cores at full precision
     scores = 4096 if itemsize == 4 else 8192 if has_bias else 16384
+    weights = 4096 if itemsize == 4 else 16384 if block_e > 256 else 8192
     return {
         "BLOCK_T": min(64, max(16, scores // block_e)),
-        "BLOCK_H": max(16, min(32 if itemsize == 4 else 64, 8192 // block_e)),
+        "BLOCK_H": max(16, min(32 if itemsize == 4 else 64, weights // block_e)),
         "BLOCK_E": block_e,
         "BLOCK_G": triton.next_power_of_2(n_group),
         "BLOCK_K": triton.next_power_of_2(top_k),
-        "num_warps": 8 if block_e > 64 else 4,
-        "num_stages": 2 if itemsize == 4 else 3,
+        # with 8 warps, Triton 3.6 spills float32 and 256 experts on sm_100
+        "num_warps": 16 if itemsize == 4 and block_e > 128 else 8 if block_e > 64 else 4,
+        "num_stages": 2 if itemsize == 4 or block_e > 256 else 3,
     }
 
 
@@ -413,7 +416,9 @@ def aot_variants() -> list[KernelVariant]:
             if from_hidden:
                 logit_bias = dtype if gate.has_logit_bias else logits
                 signature = {"hidden_ptr": dtype, "weight_ptr": dtype, "logit_bias_ptr": logit_bias} | signature
-                blocks = gate_blocks(num_experts, top_k, n_group, has_bias, 4 if dtype == "*fp32" else 2)
+                itemsize = 4 if dtype == "*fp32" else 2
+                blocks = gate_blocks(num_experts, top_k, n_group, has_bias, itemsize)
+                tokens = blocks["BLOCK_T"] * blocks["BLOCK_H"] * itemsize
                 constants |= {"H": gate.width, "HAS_LOGIT_BIAS": gate.has_logit_bias, "LOGIT_SCALE": 1.0}
                 variant = KernelVariant(
                     kernel,
@@ -421,8 +426,9 @@ def aot_variants() -> list[KernelVariant]:
                     constants | {name: size for name, size in blocks.items() if name.isupper()},
                     num_warps=blocks["num_warps"],
                     num_stages=blocks["num_stages"],
-                    # wgmma multiplies 64 rows or more
-                    is_gemm=blocks["BLOCK_T"] >= 64,
+                    is_gemm=True,
+                    needs_wgmma=blocks["BLOCK_T"] >= 64,
+                    load_bytes=min(16, max(4, tokens // (32 * blocks["num_warps"]))),
                 )
             else:
                 constants |= {"stride_expert": 1} | routing_blocks(num_experts, top_k, n_group)

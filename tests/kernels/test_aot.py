@@ -6,20 +6,28 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 import fastmmoe_kernels
 from fastmmoe_kernels.aot import SHARED_LIMIT, MachineCode, find_problems, main, shipped_variants
+from fastmmoe_kernels.baseline import baseline_path
+from fastmmoe_kernels.sass import MainLoop
 from fastmmoe_kernels.variant import KernelVariant
 
 ROOT = Path(fastmmoe_kernels.__file__).parents[1]
 GOOD = MachineCode(registers=190, spill_bytes=0, shared_bytes=147456, wgmma=4)
-GEMM = KernelVariant(None, {"a": "*bf16", "out": "*bf16", "rows": "i32"}, {}, is_gemm=True)
+LOOP = MainLoop(
+    instructions=120.0, products=8.0, is_unrolled=False, async_bytes=16, register_loads=0, wgmma_in_flight=2,
+    unguarded_waits=0, register_operands=0, proxy_fences=1,
+)  # fmt: skip
+GEMM = KernelVariant(None, {"a": "*bf16", "out": "*bf16", "rows": "i32"}, {}, is_gemm=True, needs_wgmma=True)
 
 
 def run_python(*arguments, cwd=None, **environment):
@@ -44,9 +52,10 @@ def test_command_reports_every_configuration(tmp_path):
         assert record["config"]["BLOCK_N"] == 128 and record["config"]["num_warps"] == 4
         assert 16 <= record["registers"] <= 255
         assert record["spill_bytes"] == 0 and record["wgmma"] == 0 and record["problems"] == []
+        assert record["loop"] is None and not record["is_gemm"]
         assert 0 < record["shared_bytes"] < 65536
     assert f"{len(records)} compiled, 0 failed" in result.stdout
-    for column in ("kernel", "target", "registers", "spill", "shared", "wgmma", "config"):
+    for column in ("kernel", "target", "registers", "spill", "shared", "wgmma", "in flight", "instr/step", "config"):
         assert column in result.stdout.splitlines()[0]
 
 
@@ -87,7 +96,7 @@ def test_without_triton():
         (GEMM, "gfx942", dict(shared_bytes=65536, wgmma=0), None),
         (GEMM, "sm_90", dict(wgmma=0), "without wgmma"),
         (GEMM, "sm_80", dict(wgmma=0), None),
-        (dataclasses.replace(GEMM, is_gemm=False), "sm_90", dict(wgmma=0), None),
+        (dataclasses.replace(GEMM, needs_wgmma=False), "sm_90", dict(wgmma=0), None),
         (dataclasses.replace(GEMM, signature={"a": "*fp32"}), "sm_90", dict(wgmma=0), None),
         (dataclasses.replace(GEMM, signature={"a": "tensordesc<fp16[64,64]>"}), "sm_90", dict(wgmma=0), "wgmma"),
     ],
@@ -96,6 +105,34 @@ def test_judgement(variant, target, change, problem):
     problems = find_problems(variant, target, dataclasses.replace(GOOD, **change))
     assert len(problems) == (problem is not None)
     assert problem is None or problem in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (dict(), None),
+        (dict(wgmma_in_flight=None), None),
+        (dict(proxy_fences=0), None),  # Triton 3.6 has none
+        (dict(async_bytes=None), "no asynchronous loads"),
+        (dict(async_bytes=8), "asynchronous loads of 8 bytes, expected 16"),
+        (dict(register_loads=3), "3 loads into registers in the main loop"),
+        (dict(wgmma_in_flight=0), "waits for all wgmma in the main loop"),
+        (dict(unguarded_waits=2), "2 wgmma waits without a barrier"),
+        (dict(register_operands=4), "4 wgmma take A from registers"),
+    ],
+)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_judgement_of_the_main_loop(change, problem, target):
+    code = dataclasses.replace(GOOD, loop=dataclasses.replace(LOOP, **change))
+    problems = find_problems(GEMM, target, code)
+    assert len(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
+
+
+def test_tiles_with_few_elements_may_load_less():
+    code = dataclasses.replace(GOOD, loop=dataclasses.replace(LOOP, async_bytes=8))
+    assert find_problems(dataclasses.replace(GEMM, load_bytes=8), "sm_90", code) == []
+    assert len(find_problems(dataclasses.replace(GEMM, load_bytes=16), "sm_90", code)) == 1
 
 
 BAD_KERNELS = '''
@@ -118,7 +155,7 @@ def matmul_kernel(a_ptr, b_ptr, out_ptr, steps, M: tl.constexpr, N: tl.constexpr
 
 def variant(m, n, k, **options):
     signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "steps": "i32"}
-    return KernelVariant(matmul_kernel, signature, {"M": m, "N": n, "K": k}, is_gemm=True, **options)
+    return KernelVariant(matmul_kernel, signature, {"M": m, "N": n, "K": k}, **options, is_gemm=True, needs_wgmma=True)
 
 
 def aot_variants():
@@ -142,7 +179,7 @@ def test_bad_kernels_fail_in_a_real_compilation(tmp_path):
     file = tmp_path / "report.json"
     result = run_python(
         "-m", "fastmmoe_kernels.aot", "--kernels", "matmul", "--targets", "sm_90", "--json", str(file),
-        cwd=tmp_path, PYTHONPATH=str(tmp_path),
+        "--write-baseline", cwd=tmp_path, PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     assert "5 compiled, 4 failed" in result.stdout
@@ -152,10 +189,82 @@ def test_bad_kernels_fail_in_a_real_compilation(tmp_path):
     )
     assert good["problems"] == [] and good["wgmma"] > 0
     assert spilling["spill_bytes"] > 0 and spilling["registers"] == 255
-    assert spilling["problems"] == [f"spills {spilling['spill_bytes']} bytes"]
-    assert oversized["problems"] == [f"{oversized['shared_bytes']} bytes of shared memory, the limit is 232448"]
+    assert spilling["problems"][0] == f"spills {spilling['spill_bytes']} bytes"
+    assert oversized["problems"][0] == (f"{oversized['shared_bytes']} bytes of shared memory, the limit is 232448")
     assert small["problems"] == ["16-bit GEMM without wgmma"]
     assert "does not compile" in broken["problems"][0] and broken["registers"] is None
+
+
+LAYER = "_Layer(128, 8, 2048, 768)"
+LARGEST_TILE = ("gate_up_kernel sm_90 *bf16", " H=2048 I=768 ", "BLOCK_M=128")
+
+
+def compile_gate_up(tmp_path, **changes):
+    """Compile the largest tile of one layer's gate_up GEMM in a copy of the package, with texts replaced in a file."""
+    package = tmp_path / "fastmmoe_kernels"
+    shutil.copytree(ROOT / "fastmmoe_kernels", package, ignore=shutil.ignore_patterns("__pycache__"))
+    file = package / "experts" / "kernel.py"
+    head, layers, rest = re.split(r"(^LAYERS = \[.*?^\]$)", file.read_text(), flags=re.S | re.M)
+    text = f"{head}LAYERS = [{LAYER}]{rest}"
+    for before, after in [("(min(BLOCK_M.values()), math.inf)", "(math.inf,)"), *changes.items()]:
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    file.write_text(text)
+    baseline = package / "aot_baseline" / baseline_path(triton.__version__).name
+    start, *lines, end = baseline.read_text().splitlines()
+    [line] = [line.rstrip(",") for line in lines if all(part in line for part in LARGEST_TILE)]
+    baseline.write_text("\n".join([start, line, end]))
+    return run_python(
+        "-m", "fastmmoe_kernels.aot", "--kernels", "gate_up", "--targets", "sm_90", cwd=tmp_path,
+        PYTHONPATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+
+
+def test_real_kernel_compiles_to_its_baseline(tmp_path):
+    """Without a change: the same figures, from an empty cache."""
+    result = compile_gate_up(tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 compiled, 0 failed\n" in result.stdout and "better" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        pytest.param(
+            {'"num_stages": tile.num_stages': '"num_stages": 1'},
+            ["no asynchronous loads", "waits for all wgmma in the main loop", "no baseline; run with --write-baseline",
+             "in the baseline, no longer shipped"],
+            id="one buffer",
+        ),
+        pytest.param(
+            {"needs_wgmma=tiles.block_m >= 64,": 'needs_wgmma=True, unaligned=signature.keys() & {"stride_token"},'},
+            [r"\d+ loads into registers in the main loop", "waits for all wgmma", r"instructions per .* \(\+\d\d %\)",
+             r"\d+ -> 2\d\d registers \(\+\d\d %\)", r"[12] -> 0 groups of wgmma in flight"],
+            id="narrow loads",
+        ),
+        pytest.param(
+            {"        gate = tl.dot(x": "        x = (x.to(tl.float32) * 2.0).to(x.dtype)\n        gate = tl.dot(x"},
+            [r"\d wgmma take A from registers", r"instructions per .* \(\+\d\d %\)", r"registers \(\+\d\d %\)"],
+            id="operand in registers",
+        ),
+        pytest.param(
+            {'"BLOCK_N": tile.block_n': '"BLOCK_N": 256'},
+            [r"spills \d{3,} bytes", r"\d+ bytes of shared memory, the limit is 232448", "no baseline"],
+            id="tile too large",
+        ),
+        pytest.param(
+            {" x = tl.load(x_ptrs)\n": " x = tl.load(x_ptrs, mask=inner[None, :] + k < 256 * top_k, other=0.0)\n"},
+            [r"\d+ -> \d+ instructions per step of the main loop \(\+\d %\)"],
+            id="mask in the loop",
+        ),
+    ],
+)  # fmt: skip
+def test_spoiled_real_kernel_fails(changes, problems, tmp_path):
+    result = compile_gate_up(tmp_path, **changes)
+    assert result.returncode == 1, result.stdout + result.stderr
+    failures = [line for line in result.stdout.splitlines() if line.startswith("FAIL: gate_up_kernel sm_90 *bf16")]
+    for problem in problems:
+        assert any(re.search(problem, line) for line in failures), (problem, result.stdout)
 
 
 def find_launched_kernels():
