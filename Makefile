@@ -43,7 +43,7 @@ PYTHON_OLDEST ?= python3.12
 OLDEST := .venv-oldest
 
 $(OLDEST)/.installed: pyproject.toml setup.py constraints-oldest.txt
-	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	PYENV_VERSION=3.12 $(PYTHON_OLDEST) -m venv $(OLDEST)  # the variable counts where pyenv chooses
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
 		--editable ".[test,bench]"
 	touch $@
