@@ -29,7 +29,7 @@ class _OtherKey(str):
 
 
 class CapturingName(_OtherKey):
-    """Equal to the name of an attention implementation, but another key in a dict of functions.
+    """Equal to the name of an attention implementation, but another key in a dict.
 
     torch.compile of torch 2.11 refuses a class with a hash of its own, not one that inherits it, and takes only one and
     the same object for the same key.

@@ -23,7 +23,6 @@ from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.routing import ExpertsPatch, GatePatch
 from fastmmoe.prefill.stage import MoEArgumentsPatch, MoEPatch, NormPatch
 from fastmmoe.prefill.text import TextPatch
-from fastmmoe.prefill.unmasked import MaskNamePatch
 from fastmmoe_kernels import VisionLayout
 
 # by id of the text model, for as long as a patch, a block or a call refers to it: switching is never a second one
@@ -166,8 +165,6 @@ class Installation:
         yield TextPatch, self.text, None
         if plan is None:
             return
-        if "config" in vars(self.text):
-            yield MaskNamePatch, self.text, None
         for number, layer in enumerate(self.layers):
             if plan.stages and number >= plan.first_stage:
                 yield LayerPatch, layer, number

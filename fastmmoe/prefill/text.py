@@ -14,6 +14,7 @@ from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout, rea
 from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.running import RUNNING, Call
 from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Segment
+from fastmmoe.prefill.unmasked import leave_out_full_masks
 from fastmmoe_kernels import VisionLayout
 
 
@@ -149,6 +150,7 @@ class TextPatch(EntryPatch):
         mask = CallerMask.of(inputs.get("attention_mask"), 0, n, batch)
         if mask.pairs is not None and call.plan.stages:
             raise ValueError("attention_mask: expected a 2D mask within fixed_layout where tokens are pruned, got 4D")
+        leave_out_full_masks()
         return self._prefill(call, inputs, layout.to(device), cache, 0, None, mask)
 
     def _prefill(

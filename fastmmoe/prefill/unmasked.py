@@ -2,43 +2,40 @@
 
 transformers leaves out a mask that says nothing, for SDPA to run flash attention, except where it cannot read the
 batch: while a stream captures it writes out all n^2 pairs. The host knows from the layout that the batch is full. So
-the text model's config then names a mask function that makes none, under a name equal to the real one.
+what makes SDPA's masks, in transformers' own registry, asks for that first.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import import_utils
 
-from fastmmoe.prefill.attention import CapturingName
-from fastmmoe.prefill.patch import ConfigPatch
 from fastmmoe.prefill.running import RUNNING
 
-_SDPA = CapturingName("sdpa")
+_SDPA = "sdpa"
 
 
-def _mask_of_full_batch(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """None for plain causal attention among the new tokens; every other mask is what transformers makes."""
-    is_plain = kwargs.get("allow_is_causal_skip") and kwargs.get("local_size") is None
-    if is_plain and kwargs["q_length"] == kwargs["kv_length"]:
-        return None
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+class _MaskUnlessFull:
+    """Makes no mask for plain causal attention of a captured, full batch; else calls what it covers."""
+
+    def __init__(self, covered: Callable):
+        self.covered = covered
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        forward = None if torch.compiler.is_compiling() else RUNNING.forward
+        if forward is None or not import_utils.is_cuda_stream_capturing():
+            return self.covered(*args, **kwargs)
+        is_full = not forward.past and forward.is_full(len(forward.segments) - 1)
+        is_plain = kwargs.get("allow_is_causal_skip") and kwargs.get("local_size") is None
+        if is_full and is_plain and kwargs["q_length"] == kwargs["kv_length"]:
+            return None
+        return self.covered(*args, **kwargs)
 
 
-ALL_MASK_ATTENTION_FUNCTIONS.register(_SDPA, _mask_of_full_batch)
-
-
-class MaskNamePatch(ConfigPatch):
-    """Gives the text model, which makes the masks, a name for its attention under which ours is found."""
-
-    part = "text model"
-    attribute = "_attn_implementation"
-
-    def computed(self, value: Any) -> Any:
-        forward = RUNNING.forward
-        if not self.live or forward is None or forward.installation is not self.installation or value != "sdpa":
-            return value
-        if forward.past or not forward.is_full(len(forward.segments) - 1):
-            return value
-        return _SDPA if import_utils.is_cuda_stream_capturing() else value
+def leave_out_full_masks() -> None:
+    """Put it in place of what makes SDPA's masks, once. It hands on all but what is said above."""
+    makes = ALL_MASK_ATTENTION_FUNCTIONS[_SDPA]
+    if not isinstance(makes, _MaskUnlessFull):
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_SDPA, _MaskUnlessFull(makes))
