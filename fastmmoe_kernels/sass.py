@@ -146,7 +146,7 @@ def _main_loop(code: list[_Instruction], product: str) -> list[int] | None:
     loops = []
     for branch, instruction in enumerate(code):
         head = instruction.target
-        if head is None or head > branch or not _select(code, product, range(len(code))):
+        if head is None or head > branch:
             continue
         # a loop is entered at its head alone; a slow path at the end of the kernel jumps back, too
         if branch != head and branch in _reach([0], lambda i: _next(code, i), lambda i, head=head: i == head):

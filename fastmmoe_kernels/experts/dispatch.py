@@ -1,5 +1,6 @@
 """Sort (token, slot) pairs by expert and cut them into row tiles, on the device, in two launches."""
 
+import itertools
 from functools import cache
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from fastmmoe_kernels.variant import KernelVariant
 MAX_CHUNKS = 256
 TILES_PER_PROGRAM = 32
 NUM_WARPS = 8
+TARGETS = {False: ("sm_80", "sm_90", "sm_100"), True: ("gfx942",)}  # by whether they are AMD's
 
 
 class Dispatch(NamedTuple):
@@ -114,12 +116,12 @@ def place_pairs_kernel(
 
 
 @cache
-def dispatch_blocks(num_experts: int) -> dict[str, int]:
+def dispatch_blocks(num_experts: int, is_amd: bool) -> dict[str, int]:
     """Block sizes: about 8,192 numbers per two-dimensional block, and no more pairs than registers can hold."""
     block_e = triton.next_power_of_2(num_experts)
     side = max(1, 8192 // block_e)
     # Triton 3.6 spills 32 pairs of 256 experts on gfx942
-    pairs = min(side, 128 if block_e < 256 else 16)
+    pairs = min(side, 16 if is_amd and block_e > 128 else 128)
     return {"BLOCK_P": pairs, "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
 
 
@@ -130,7 +132,7 @@ def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatc
     num_tiles = (num_pairs + min(num_experts, num_pairs) * (block_m - 1)) // block_m
     order, position = (ids.new_empty(num_pairs, dtype=torch.int32) for _ in range(2))
     tile_expert, tile_first, tile_end = (ids.new_empty(num_tiles, dtype=torch.int32) for _ in range(3))
-    blocks = dispatch_blocks(num_experts)
+    blocks = dispatch_blocks(num_experts, torch.version.hip is not None)
     counting = {name: blocks[name] for name in ("BLOCK_P", "BLOCK_E")}
     steps = cdiv(num_pairs, MAX_CHUNKS * blocks["BLOCK_P"])
     num_chunks = cdiv(num_pairs, steps * blocks["BLOCK_P"])
@@ -161,16 +163,17 @@ def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatc
 
 def dispatch_variants(num_experts: int) -> list[KernelVariant]:
     """The configurations for `num_experts`, for `aot_variants`."""
-    blocks = dispatch_blocks(num_experts)
-    counting = {name: blocks[name] for name in ("BLOCK_P", "BLOCK_E")}
     outputs = ("order_ptr", "position_ptr", "tile_expert_ptr", "tile_first_ptr", "tile_end_ptr")
     sizes = ("num_chunks", "num_tiles", "block_m")
     variants = []
-    for ids in ("*i32", "*i64"):
+    for ids, (is_amd, targets) in itertools.product(("*i32", "*i64"), TARGETS.items()):
+        blocks = dispatch_blocks(num_experts, is_amd)
+        counting = {name: blocks[name] for name in ("BLOCK_P", "BLOCK_E")}
         count = {"ids_ptr": ids, "counts_ptr": "*i32", "num_pairs": "i32", "steps": "i32"}
         place = count | dict.fromkeys(outputs, "*i32") | dict.fromkeys(sizes, "i32")
+        common = {"num_warps": NUM_WARPS, "targets": targets}
         variants += [
-            KernelVariant(count_pairs_kernel, count, {"NUM_EXPERTS": num_experts, **counting}, num_warps=NUM_WARPS),
-            KernelVariant(place_pairs_kernel, place, {"NUM_EXPERTS": num_experts, **blocks}, num_warps=NUM_WARPS),
+            KernelVariant(count_pairs_kernel, count, {"NUM_EXPERTS": num_experts, **counting}, **common),
+            KernelVariant(place_pairs_kernel, place, {"NUM_EXPERTS": num_experts, **blocks}, **common),
         ]
     return variants
