@@ -29,7 +29,7 @@ from provenance import device_name, provenance, write_json
 from rich.console import Console
 from rich.table import Table
 from roofline import ExpertsShape, padding_factor
-from tile_table import Row, format_row, replace_row
+from tile_table import Row, find_most_pairs, format_most_pairs, format_row, replace_row
 from timing import Call, Key, interleave, prepare
 from tqdm import tqdm
 from workload import make_hidden, make_routing, make_weights, routing_logits
@@ -44,9 +44,9 @@ SHAPES = {
     "tiny": ExpertsShape("tiny", 32, 32, 2, (2,)),
 }
 # rows per tile -> pairs per expert at which its tiles are tuned; the table uses it from the row above's end to its own
-PAIRS_PER_EXPERT = {16: 8, 32: 32, 64: 128, 128: 512}
+PAIRS_PER_EXPERT = {16: 8, 32: 20, 64: 48, 128: 512}
 # where the choice of rows per tile could change
-CROSSOVERS = (16, 32, 48, 64, 96, 128, 192, 256, 384)
+CROSSOVERS = (8, 12, 16, 24, 32, 48, 59, 64, 96, 118, 192, 256)
 # weight tiles per program
 OPERANDS = {"gate_up": 2, "down": 1}
 # a thread has 255 registers; half of them for sums
@@ -89,7 +89,7 @@ class Inputs:
 
 
 def table_tiles(target: str, dtype: torch.dtype, block_m: int, shape: ExpertsShape) -> ExpertTiles:
-    return expert_tiles(target, dtype, tiles.BLOCK_M[block_m], shape.hidden, shape.intermediate)
+    return expert_tiles(target, dtype, tiles.most_pairs(target)[block_m], shape.hidden, shape.intermediate)
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
@@ -330,10 +330,19 @@ def main(
             path = Path(tiles.__file__)
             # rows per tile that were not tuned stay
             row = tiles.TILES.get(tuner.target, tiles.TILES[tiles.DEFAULT_TARGET]) | new
-            path.write_text(replace_row(path.read_text(), tuner.target, row, note))
+            path.write_text(replace_row(path.read_text(), tuner.target, format_row(tuner.target, row, note)))
             print(f"written into {path.name}")
 
     result["crossover"] = tuner.crossover(new, CROSSOVERS if where.type == "cuda" else CROSSOVERS[:1])
+    medians: dict[float, dict[int, float]] = {}
+    for record in result["crossover"]:
+        medians.setdefault(record["pairs_per_expert"], {})[record["block_m"]] = record["us"]
+    # of some rows per tile alone nothing follows for the others
+    if set(new) == set(PAIRS_PER_EXPERT):
+        line = format_most_pairs(tuner.target, find_most_pairs(medians), note)
+        result["most_pairs"] = line.strip()
+        if write:
+            path.write_text(replace_row(path.read_text(), tuner.target, line, "MOST_PAIRS"))
     write_json(result, json_path)
     print_report(result, old, new)
     print("\n".join(result["row"]))

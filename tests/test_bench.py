@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import statistics
@@ -41,7 +42,7 @@ from prefill_summary import (
 from prefill_variants import Runner, Variant, build_variants, check_parity
 from report_prefill import break_even_lines
 from roofline import ESTIMATE, ExpertsShape, expert_stages, padding_factor, roofline_seconds
-from tile_table import replace_row
+from tile_table import find_most_pairs, format_most_pairs, format_row, replace_row
 from timing import interleave, take_turns
 from workload import make_hidden, make_routing, make_weights, reference, routing_logits, worst_row_error
 
@@ -467,14 +468,37 @@ def test_table_is_rewritten():
     source = Path(tiles.__file__).read_text()
     row = {rows: (GemmTile(32, rows, 4, 2), GemmTile(64, 64, 8, 3, group_m=16)) for rows in (16, 32, 64, 128)}
     for target in [*tiles.TILES, "sm_75"]:
-        changed = replace_row(source, target, row, "tuned on a card, today")
+        changed = replace_row(source, target, format_row(target, row, "tuned on a card, today"))
         assert f'    "{target}": {{  # tuned on a card, today\n' in changed
         assert max(map(len, changed.splitlines())) <= 120
         scope = {"__name__": "tiles", "__annotations__": {}}
         exec(compile(ast.parse(changed), "tiles.py", "exec"), scope)
         got = {name: repr(found) for name, found in scope["TILES"].items()}
         assert got == {name: repr(found) for name, found in (tiles.TILES | {target: row}).items()}
-        assert replace_row(changed, target, row, "tuned on a card, today") == changed
+        assert replace_row(changed, target, format_row(target, row, "tuned on a card, today")) == changed
+
+
+def test_most_pairs_by_hand():
+    """Tiles of 16 rows are best up to 10, of 32 up to 40, and of 64 from there on, but for one noisy reading."""
+    timed = {
+        5: {16: 1.0, 32: 1.1, 64: 2.0}, 10: {16: 1.4, 32: 1.5, 64: 2.0}, 40: {16: 4.0, 32: 3.0, 64: 3.1},
+        90: {16: 8.0, 32: 5.0, 64: 4.0}, 160: {16: 9.0, 32: 6.9, 64: 7.0}, 250: {16: 15.0, 32: 9.0, 64: 8.0},
+    }  # fmt: skip
+    assert find_most_pairs(timed) == {16: 20, 32: 60, 64: math.inf}
+    always = {pairs: {16: 2.0, 32: 2.0, 64: 1.0} for pairs in (8, 32)}
+    assert find_most_pairs(always) == {16: 6, 32: 6, 64: math.inf}
+    never = {pairs: {16: 1.0, 64: 2.0} for pairs in (8, 32)}
+    assert find_most_pairs(never) == {16: 32, 64: math.inf}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+def test_most_pairs_are_rewritten(target):
+    source, most = Path(tiles.__file__).read_text(), {16: 20, 32: 60, 64: 90, 128: math.inf}
+    changed = replace_row(source, target, format_most_pairs(target, most, "tuned"), "MOST_PAIRS")
+    scope = {"__name__": "tiles", "__annotations__": {}}
+    exec(compile(ast.parse(changed), "tiles.py", "exec"), scope)
+    assert scope["MOST_PAIRS"] == tiles.MOST_PAIRS | {target: most}
+    assert {name: repr(row) for name, row in scope["TILES"].items()} == {n: repr(r) for n, r in tiles.TILES.items()}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

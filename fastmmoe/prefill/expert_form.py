@@ -36,9 +36,15 @@ class ExpertForm(NamedTuple):
     options: dict[str, Any]
 
     def run(
-        self, experts: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, backend: str
+        self,
+        experts: nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        backend: str,
+        max_pairs: int | None = None,
     ) -> torch.Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H]; ids >= E are skipped."""
+        """[T, H], [T, K], [T, K] -> [T, H]; ids >= E are skipped, of which `max_pairs` says how many are not."""
         projections = [getattr(experts, name) for name in self.projections]
         if self.is_transposed:
             projections = [projection.mT for projection in projections]
@@ -46,7 +52,8 @@ class ExpertForm(NamedTuple):
             argument: getattr(experts, name)
             for argument, name in zip(("gate_up_bias", "down_bias"), self.biases, strict=False)
         }
-        return moe_experts(hidden, *projections, ids, weights, **biases, **self.options, backend=backend)
+        options = biases | self.options
+        return moe_experts(hidden, *projections, ids, weights, **options, max_pairs=max_pairs, backend=backend)
 
 
 def expert_form(experts: nn.Module, plain_class: str = "") -> ExpertForm:

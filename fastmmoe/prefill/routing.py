@@ -108,19 +108,23 @@ class ExpertsPatch(Patch):
         if place is None:
             return self.stock(hidden, ids, weights)
         place.experts = forward.token
-        config = forward.plan.config
-        if self._is_known and self.form is not None:
-            return self.form.run(self.module, hidden, ids, weights, config.backend)
-        if forward.chosen_at is not place:
+        config, has_chosen = forward.plan.config, forward.chosen_at is place
+        is_flat, pairs = self.installation.family.vision_only, None
+        # each number of pairs would be another graph
+        is_ours = self._is_known and self.form is not None
+        if has_chosen and not (is_ours and torch.compiler.is_compiling()):
+            pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
+        if is_ours:
+            return self.form.run(self.module, hidden, ids, weights, config.backend, pairs)
+        if not has_chosen:
             return self.stock(hidden, ids, weights)  # the gate chose for other tokens than the forward's
-        num_experts, is_flat = forward.num_experts, self.installation.family.vision_only
-        pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
+        num_experts = forward.num_experts
         if self._is_known:
             return run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)
         # once: empty slots have weight 0, and any expert may take them
         want = self.stock(hidden, ids.clamp_max(num_experts - 1).long(), weights)
         if self.form is not None:
-            output = self.form.run(self.module, hidden, ids, weights, config.backend)
+            output = self.form.run(self.module, hidden, ids, weights, config.backend, pairs)
             self._is_known = _is_close(output, want)
             if self._is_known:
                 return output

@@ -22,6 +22,7 @@ def moe_experts(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     interleaved: bool = False,
+    max_pairs: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Each token's weighted sum of its experts: `sum_k weights[t, k] * down(act(gate(x_t), up(x_t)))`.
@@ -53,6 +54,8 @@ def moe_experts(
         gate_up_bias: hidden's dtype or float32, one per row of `gate_up_proj`: [E, 2I] or [E, I]; added in float32.
         down_bias: hidden's dtype or float32 [E, H], added in float32 before the weight multiplies.
         interleaved: rows of `gate_up_proj`, and its bias, alternate: gate 0, up 0, gate 1, up 1, ...
+        max_pairs: the most slots that are active, if the host knows it: less memory, a grid and tiles that fit; None:
+            T * K. Where more are active, those of the last experts are not computed, and their tokens yield NaN.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -67,7 +70,7 @@ def moe_experts(
     check_tensor("down_proj", down_proj, ("E", width, "I"), (hidden.dtype,), hidden.device)
     check_unit_stride("down_proj", down_proj)
     num_experts, _, intermediate = down_proj.shape
-    options = ExpertOptions(gate_up_bias, down_bias, activation, limit, alpha, interleaved)
+    options = ExpertOptions(gate_up_bias, down_bias, activation, limit, alpha, interleaved, max_pairs)
     options.check(hidden, num_experts, intermediate)
     rows = 2 * intermediate if options.has_gate else intermediate
     check_tensor("gate_up_proj", gate_up_proj, (num_experts, rows, width), (hidden.dtype,), hidden.device)

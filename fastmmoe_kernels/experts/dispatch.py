@@ -23,10 +23,11 @@ class Dispatch(NamedTuple):
 
     Attributes:
         order: int32 [P], the pair (token * K + slot) of each sorted row; rows past the last are not written.
-        position: int32 [P], the sorted row of each pair; -1 where the slot is inactive.
+        position: int32 [P], the sorted row of each pair; -1 where the slot is inactive, -2 where the row is past the
+            most pairs that the host said there are.
         tile_expert: int32 [tiles], the expert of each row tile; -1 past the last tile, which the host does not know.
         tile_first: int32 [tiles], the first row of each tile.
-        tile_end: int32 [tiles], the end of the rows of the tile's expert.
+        tile_end: int32 [tiles], the end of the rows of the tile's expert, at most the most pairs.
     """
 
     order: torch.Tensor
@@ -62,7 +63,7 @@ def count_pairs_kernel(
     tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "steps", "num_chunks", "num_tiles", "block_m"])
+@triton.jit(do_not_specialize=["num_pairs", "max_pairs", "steps", "num_chunks", "num_tiles", "block_m"])
 def place_pairs_kernel(
     ids_ptr,  # [P]
     counts_ptr,  # [C, BE]
@@ -72,6 +73,7 @@ def place_pairs_kernel(
     tile_first_ptr,  # [tiles]
     tile_end_ptr,  # [tiles]
     num_pairs,
+    max_pairs,
     steps,
     num_chunks,
     num_tiles,
@@ -100,7 +102,7 @@ def place_pairs_kernel(
         rows = row[None, :] + tl.cumsum(one_hot, axis=0) - 1
         is_active = tl.sum(one_hot, axis=1) > 0
         position = tl.where(is_active, tl.sum(one_hot * rows, axis=1), -1)
-        tl.store(position_ptr + pair, position, mask=pair < num_pairs)
+        tl.store(position_ptr + pair, tl.where(position < max_pairs, position, -2), mask=pair < num_pairs)
         tl.store(order_ptr + position, pair, mask=is_active)
         row += tl.sum(one_hot, axis=0)
 
@@ -110,9 +112,12 @@ def place_pairs_kernel(
     owner = tl.sum((tiles_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)  # BE past the last tile
     is_owner = owner[:, None] == expert[None, :]  # [BT, BE]
     first_row = end - total + (tile[:, None] - (tiles_end - tiles)[None, :]) * block_m
-    tl.store(tile_expert_ptr + tile, tl.where(owner < BLOCK_E, owner, -1), mask=tile < num_tiles)
-    tl.store(tile_first_ptr + tile, tl.sum(tl.where(is_owner, first_row, 0), axis=1), mask=tile < num_tiles)
-    tl.store(tile_end_ptr + tile, tl.sum(tl.where(is_owner, end[None, :], 0), axis=1), mask=tile < num_tiles)
+    tile_first = tl.sum(tl.where(is_owner, first_row, 0), axis=1)
+    tile_end = tl.minimum(tl.sum(tl.where(is_owner, end[None, :], 0), axis=1), max_pairs)
+    is_tile = (owner < BLOCK_E) & (tile_first < max_pairs)
+    tl.store(tile_expert_ptr + tile, tl.where(is_tile, owner, -1), mask=tile < num_tiles)
+    tl.store(tile_first_ptr + tile, tile_first, mask=tile < num_tiles)
+    tl.store(tile_end_ptr + tile, tile_end, mask=tile < num_tiles)
 
 
 @cache
@@ -125,11 +130,15 @@ def dispatch_blocks(num_experts: int, is_amd: bool) -> dict[str, int]:
     return {"BLOCK_P": pairs, "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
 
 
-def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatch:
-    """Sort the slots of `ids` ([T, K], at least one) by expert, with row tiles of `block_m`."""
+def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int, max_pairs: int | None = None) -> Dispatch:
+    """Sort the slots of `ids` ([T, K], at least one) by expert, with row tiles of `block_m`.
+
+    With `max_pairs`, the most slots that are active, as far as the host knows, there are tiles for so many.
+    """
     num_pairs = ids.numel()
+    max_pairs = num_pairs if max_pairs is None else min(max_pairs, num_pairs)
     # every expert's last tile may hold a single row
-    num_tiles = (num_pairs + min(num_experts, num_pairs) * (block_m - 1)) // block_m
+    num_tiles = (max_pairs + min(num_experts, max_pairs) * (block_m - 1)) // block_m
     order, position = (ids.new_empty(num_pairs, dtype=torch.int32) for _ in range(2))
     tile_expert, tile_first, tile_end = (ids.new_empty(num_tiles, dtype=torch.int32) for _ in range(3))
     blocks = dispatch_blocks(num_experts, torch.version.hip is not None)
@@ -150,6 +159,7 @@ def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatc
         tile_first,
         tile_end,
         num_pairs,
+        max_pairs,
         steps,
         num_chunks,
         num_tiles,
@@ -164,7 +174,7 @@ def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Dispatc
 def dispatch_variants(num_experts: int) -> list[KernelVariant]:
     """The configurations for `num_experts`, for `aot_variants`."""
     outputs = ("order_ptr", "position_ptr", "tile_expert_ptr", "tile_first_ptr", "tile_end_ptr")
-    sizes = ("num_chunks", "num_tiles", "block_m")
+    sizes = ("max_pairs", "num_chunks", "num_tiles", "block_m")
     variants = []
     for ids, (is_amd, targets) in itertools.product(("*i32", "*i64"), TARGETS.items()):
         blocks = dispatch_blocks(num_experts, is_amd)

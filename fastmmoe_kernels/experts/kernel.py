@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastmmoe_kernels.experts.dispatch import dispatch_pairs, dispatch_variants
 from fastmmoe_kernels.experts.options import SWIGLU, ExpertOptions
-from fastmmoe_kernels.experts.tiles import BLOCK_M, TILES, ExpertTiles, GemmTile, expert_tiles
+from fastmmoe_kernels.experts.tiles import TILES, ExpertTiles, GemmTile, expert_tiles, most_pairs
 from fastmmoe_kernels.grid import cdiv
 from fastmmoe_kernels.variant import KernelVariant
 
@@ -226,6 +226,8 @@ def combine_kernel(
     total = tl.zeros((BLOCK_H,), tl.float32)
     for slot in tl.static_range(K):
         row = tl.load(position_ptr + token * K + slot).to(tl.int64)
+        # a row that the host did not count was not computed
+        total = tl.where(row == -2, float("nan"), total)
         # an inactive slot's weight may be anything
         weight = tl.load(weights_ptr + token * K + slot, mask=row >= 0, other=0.0).to(tl.float32)
         values = tl.load(rows_ptr + row * H + column, mask=column < tl.where(row >= 0, H, 0), other=0.0)
@@ -243,12 +245,13 @@ def moe_experts_triton(
 ) -> torch.Tensor:
     num_tokens, width = hidden.shape
     num_experts, _, intermediate = down_proj.shape
-    num_pairs, top_k = ids.numel(), ids.shape[1]
-    if num_pairs == 0:
+    num_slots, top_k = ids.numel(), ids.shape[1]
+    if num_slots == 0:
         return hidden.new_zeros(hidden.shape)
+    num_pairs = num_slots if options.max_pairs is None else min(options.max_pairs, num_slots)
     target, pairs_per_expert = device_target(hidden.device), num_pairs / num_experts
     tiles = expert_tiles(target, hidden.dtype, pairs_per_expert, width, intermediate, options.has_gate)
-    order, position, *schedule = dispatch_pairs(ids, num_experts, tiles.block_m)
+    order, position, *schedule = dispatch_pairs(ids, num_experts, tiles.block_m, num_pairs)
     num_tiles = schedule[0].numel()
 
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
@@ -391,9 +394,10 @@ def aot_variants() -> list[KernelVariant]:
                     {"H": width, "K": layer.top_k, "BLOCK_H": combine_block(width)},
                 )
             )
-            # the largest launch of each bucket
-            for pairs_per_expert in BLOCK_M.values() if layer.is_complete else (min(BLOCK_M.values()), math.inf):
-                for target in TILES:
+            for target in TILES:
+                # the largest launch of each bucket
+                most = most_pairs(target).values()
+                for pairs_per_expert in most if layer.is_complete else (min(most), math.inf):
                     has_gate = ExpertOptions(activation=layer.activation).has_gate
                     tiles = expert_tiles(target, dtype, pairs_per_expert, width, intermediate, has_gate)
                     variants += _gemm_variants(target, kind, layer, tiles)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastmmoe_kernels.checks import check_choice, check_float, check_tensor
+from fastmmoe_kernels.checks import check_choice, check_float, check_int, check_tensor
 
 ACTIVATIONS = ("silu", "clamped_silu", "silu_clamped", "oai", "gelu_tanh", "relu2")
 CLAMPED = ("clamped_silu", "silu_clamped", "oai")
@@ -23,6 +23,7 @@ class ExpertOptions(NamedTuple):
     limit: float | None = None
     alpha: float = DEFAULT_ALPHA
     interleaved: bool = False
+    max_pairs: int | None = None
 
     @property
     def has_gate(self) -> bool:
@@ -45,6 +46,8 @@ class ExpertOptions(NamedTuple):
             raise TypeError(f"interleaved: expected a bool, got {type(interleaved).__name__}")
         if interleaved and not self.has_gate:
             raise ValueError(f"interleaved: expected False with activation={activation!r}, which has no gate, got True")
+        if self.max_pairs is not None:
+            check_int("max_pairs", self.max_pairs, 1)
         rows = 2 * intermediate if self.has_gate else intermediate
         biases = {"gate_up_bias": (self.gate_up_bias, rows), "down_bias": (self.down_bias, hidden.shape[1])}
         for name, (bias, size) in biases.items():

@@ -64,6 +64,8 @@ def moe_experts_reference(
             torch.mul(y, weight[first:last], out=weighted.view(n, len(y), -1).transpose(0, 1))
             # expert by expert, and within one no row twice unless a token names it twice: repeatable, on a GPU too
             out.index_add_(0, token[first:last], weighted)
+    if options.max_pairs is not None:
+        out[token[options.max_pairs : end]] = float("nan")
     return out.to(hidden.dtype)
 
 

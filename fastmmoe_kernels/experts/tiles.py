@@ -1,7 +1,7 @@
 """Tile sizes of the expert GEMMs, by target and by pairs per expert.
 
 No entry has been tuned on a device: they follow what other projects ship for the same shapes, and compile without
-spilling registers. A new GPU costs a row in `TILES` and one in `SHARED_MEMORY`.
+spilling registers. A new GPU costs a row in `TILES`, one in `SHARED_MEMORY`, and one in `MOST_PAIRS` if it differs.
 """
 
 import math
@@ -53,8 +53,12 @@ SHARED_MEMORY = {
 }
 DEFAULT_SHARED_MEMORY = 64 * 1024
 
-# rows per tile -> most pairs per expert it is used for
-BLOCK_M = {16: 16, 32: 48, 64: 192, 128: math.inf}
+# target -> rows per tile -> most active pairs per expert that they are used for
+DEFAULT_MOST_PAIRS = {16: 16, 32: 48, 64: 192, 128: math.inf}
+MOST_PAIRS = {
+    # estimated: a tile of 128 rows reads weights from L2 half as often, and that is what bounds the GEMMs here
+    "sm_90": {16: 12, 32: 24, 64: 56, 128: math.inf},
+}
 
 # target -> rows per tile -> tiles of gate_up and down, for 16-bit types
 TILES = {
@@ -67,7 +71,8 @@ TILES = {
     "sm_90": {
         16: (GemmTile(64, 128, 4, 4), GemmTile(64, 128, 4, 4)),
         32: (GemmTile(64, 128, 4, 4), GemmTile(128, 64, 4, 4)),
-        64: (GemmTile(128, 64, 4, 4), GemmTile(256, 64, 4, 4)),
+        # 72 KB: three programs share a multiprocessor
+        64: (GemmTile(64, 64, 4, 3), GemmTile(128, 64, 4, 3)),
         128: (GemmTile(128, 64, 8, 4), GemmTile(256, 64, 8, 4)),
     },
     "sm_100": {
@@ -101,14 +106,19 @@ def expert_tiles(
     Args:
         target: compute capability as "sm_90", or AMD architecture as "gfx942"; unknown ones get the default row.
         dtype: of the tokens and weights.
-        pairs_per_expert: mean over all experts, T * K / E.
+        pairs_per_expert: mean over all experts of the active pairs, as far as the host knows; else T * K / E.
         hidden, intermediate: H and I.
         has_gate: whether the first GEMM multiplies with a gate as well; without one it is like the second.
     """
-    by_rows = _rows(target, dtype)
-    fitting = [rows for rows in by_rows if pairs_per_expert <= BLOCK_M[rows]]
+    by_rows, most = _rows(target, dtype), most_pairs(target)
+    fitting = [rows for rows in by_rows if pairs_per_expert <= most[rows]]
     block_m = min(fitting, default=max(by_rows))
     return _tiles(target, dtype, block_m, hidden, intermediate, has_gate)
+
+
+def most_pairs(target: str) -> dict[int, float]:
+    """Rows per tile -> most active pairs per expert."""
+    return MOST_PAIRS.get(target, DEFAULT_MOST_PAIRS)
 
 
 def _rows(target: str, dtype: torch.dtype) -> dict[int, tuple[GemmTile, GemmTile]]:

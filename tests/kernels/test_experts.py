@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmmoe_kernels import moe_experts
 from fastmmoe_kernels.experts import _moe_experts, dispatch, reference
 from fastmmoe_kernels.experts.options import ExpertOptions
-from fastmmoe_kernels.experts.tiles import SHARED_MEMORY, TILES, ExpertTiles, expert_tiles, shared_memory
+from fastmmoe_kernels.experts.tiles import SHARED_MEMORY, TILES, ExpertTiles, expert_tiles, most_pairs, shared_memory
 
 BACKENDS = ("torch", "triton")
 # largest error of an element, relative to the root mean square of its token's row
@@ -344,6 +344,34 @@ def test_torch_backend_in_several_blocks(monkeypatch):
     check(make_case(130, 3, 2, 40, 24), "torch")
 
 
+@all_runs
+@settings(max_examples=10, deadline=None)
+@given(
+    num_tokens=st.sampled_from([2, 40, 90]),
+    num_experts=st.integers(1, 6),
+    top_k=st.integers(1, 4),
+    more=st.integers(-40, 60),
+    seed=st.integers(0, 2**31),
+)
+def test_most_pairs(backend, dtype, num_tokens, num_experts, top_k, more, seed):
+    """As many as are active, or more, change nothing; where they are fewer, tokens of rows past them yield NaN."""
+    case = make_case(num_tokens, num_experts, top_k, 40, 24, dtype=dtype, seed=seed)
+    flat = case.ids.flatten().tolist()
+    rows = sorted((expert, pair) for pair, expert in enumerate(flat) if 0 <= expert < num_experts)
+    max_pairs = max(1, len(rows) + more)
+    got = replace(case, options={"max_pairs": max_pairs}).run(backend)
+    lost = sorted({pair // top_k for _, pair in rows[max_pairs:]})
+    assert got[lost].isnan().all()
+    kept = [token for token in range(num_tokens) if token not in lost]
+    assert_near(got[kept], expected(case)[kept], dtype)
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_most_pairs_is_a_count(value, error):
+    with pytest.raises(error, match="max_pairs: expected"):
+        replace(make_case(3, 2, 1, 8, 8), options={"max_pairs": value}).run("torch")
+
+
 # --- dispatch ---------------------------------------------------------------------------------------------------------
 
 
@@ -353,31 +381,41 @@ def test_torch_backend_in_several_blocks(monkeypatch):
     num_tokens=st.sampled_from([1, 17, 130]),
     num_experts=st.sampled_from([1, 3, 8, 150]),
     top_k=st.integers(1, 4),
+    share=st.sampled_from([None, 0.5, 1.0, 1.5]),
     block_m=st.sampled_from([16, 64]),
     skew=st.sampled_from([0.0, 3.0, 50.0]),
     dtype=st.sampled_from([torch.int32, torch.int64]),
     seed=st.integers(0, 2**31),
 )
-def test_dispatch(max_chunks, num_tokens, num_experts, top_k, block_m, skew, dtype, seed):
-    """Against NumPy's stable sort; with few chunks, one chunk takes several blocks of pairs."""
+def test_dispatch(max_chunks, num_tokens, num_experts, top_k, share, block_m, skew, dtype, seed):
+    """Against NumPy's stable sort; with few chunks, one chunk takes several blocks of pairs.
+
+    `share`: of the active pairs, how many the host says there are at most.
+    """
     rng = np.random.default_rng(seed)
-    share = np.exp(skew * rng.random(num_experts + 2))
-    ids = rng.choice(num_experts + 2, (num_tokens, top_k), p=share / share.sum()) - 1
+    odds = np.exp(skew * rng.random(num_experts + 2))
+    ids = rng.choice(num_experts + 2, (num_tokens, top_k), p=odds / odds.sum()) - 1
+    active = int(((ids >= 0) & (ids < num_experts)).sum())
+    most = None if share is None else max(1, int(share * active))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "MAX_CHUNKS", max_chunks)
-        got = dispatch.dispatch_pairs(torch.from_numpy(ids).to(DEVICE, dtype), num_experts, block_m)
+        got = dispatch.dispatch_pairs(torch.from_numpy(ids).to(DEVICE, dtype), num_experts, block_m, most)
 
     flat = ids.reshape(-1)
     order = [pair for pair in np.argsort(flat, kind="stable") if 0 <= flat[pair] < num_experts]
     position = np.full(flat.size, -1)
     position[order] = np.arange(len(order))
+    most = flat.size if most is None else most
+    position[position >= most] = -2
     counts = np.bincount(flat[order], minlength=num_experts)
     ends = np.cumsum(counts)
     tiles = [
-        (expert, first, end)
+        (expert, first, min(end, most))
         for expert, (count, end) in enumerate(zip(counts, ends, strict=True))
         for first in range(end - count, end, block_m)
+        if first < most
     ]
+    assert len(got.tile_expert) <= (most + min(num_experts, most) * (block_m - 1)) // block_m
     assert all(t.dtype == torch.int32 for t in got)
     assert got.order[: len(order)].tolist() == order
     assert got.position.tolist() == position.tolist()
@@ -431,7 +469,7 @@ def test_tiles_grow_with_pairs_in_few_steps(arguments, more):
 def test_shipped_tiles_are_not_clamped(target):
     """The table says what runs, for the models it was written for."""
     for block_m, (gate_up, down) in TILES[target].items():
-        pairs = {16: 8, 32: 32, 64: 128, 128: 512}[block_m]
+        pairs = min(most_pairs(target)[block_m], 512)
         assert expert_tiles(target, torch.bfloat16, pairs, 2048, 768) == ExpertTiles(block_m, gate_up, down)
 
 
