@@ -2,14 +2,17 @@
 # Everything there is to measure on a GPU, in one call of less than 9 minutes: parity, tuning, benchmarks.
 #
 #     bench/gpu.sh                     results in bench/results/local
-#     bench/gpu.sh parity tuning       only these of the steps parity, tuning, experts, ops, prefill, break-even,
-#                                      overhead; they have all of the time, and so several calls measure more than one does
+#     bench/gpu.sh parity tuning       only these of the steps stress, parity, tuning, experts, ops, prefill,
+#                                      break-even, overhead, counters, largest; they have all of the time, and so several calls
+#                                      measure more than one does: "stress parity", "tuning experts", "ops prefill",
+#                                      "break-even overhead counters largest"
 #     OUT=DIR LIMIT=520 bench/gpu.sh   results in DIR, after 520 seconds at most
 #     DRY_RUN=1 bench/gpu.sh           all of it, tiny, on the CPU under Triton's interpreter: do the scripts work?
 #
 # Runs from a checkout, nothing need be installed but what the scripts import. A step whose result lies in OUT is
-# skipped; results of a step that failed are named partial-*. Tuning rewrites the GPU's row in
-# fastmmoe_kernels/experts/tiles.py, which the benchmarks then use: `git diff` shows it, as does "row" in tiles.json.
+# skipped; results of a step that failed are named partial-*, and no step stops another. Tuning rewrites the GPU's rows
+# in fastmmoe_kernels/experts/tiles.py, which the benchmarks then use: `git diff` shows it, as do "row" and "most_pairs" in
+# tiles.json.
 # Exit status 1 if a step failed. The pictures are drawn afterwards, anywhere:
 #
 #     python bench/plot_experts.py DIR/experts.json experts.png
@@ -24,9 +27,14 @@ LIMIT=${LIMIT:-520}  # seconds for all steps
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # in a log every update of a progress bar is a line
 export TQDM_MININTERVAL=10
+METRICS=l1tex__m_xbar2l1tex_read_bytes.sum.per_second,dram__bytes_read.sum.per_second
+METRICS+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active
+METRICS+=,l1tex__data_bank_conflicts_pipe_lsu.sum,smsp__average_warp_latency_issue_stalled_long_scoreboard.pct
+METRICS+=,smsp__average_warp_latency_issue_stalled_barrier.pct
 
 # how the steps share the time
-declare -A share=([parity]=150 [tuning]=120 [experts]=80 [ops]=60 [prefill]=75 [break-even]=50 [overhead]=45)
+declare -A share=([stress]=60 [parity]=150 [tuning]=120 [experts]=80 [ops]=60 [prefill]=75 [break-even]=50
+    [overhead]=45 [counters]=40 [largest]=60)
 chosen=("$@")
 [ $# -gt 0 ] || chosen=("${!share[@]}")
 shares=0  # of the steps to come
@@ -80,6 +88,8 @@ if [ -n "$DRY_RUN" ]; then
     tests=(tests/kernels/test_experts.py)
     tuning=(--shape tiny --rows 16 --passes 1 --candidates 1 --rounds 1 --workers 1)
     experts=(--backend triton --shape 32:32:4 --tokens 16 --top-k 2 --top-k 1 --routing skewed --rounds 1 --threads 1)
+    stress=(--shape cpu-small --tokens 4 --times 2)
+    largest=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 5 --batch 2)
     ops=(--backend triton --shape tiny --tokens 16 --rounds 1 --threads 1)
     prefill=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 4 --batch 1)
     break_even=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 1 --tiles 2 --batch 1 --mixed 2)
@@ -94,7 +104,11 @@ else
     tuning=(--write --budget 60 --rounds 10)
     experts=(--rounds 10)
     ops=(--rounds 10)
-    prefill=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 7 --tiles 25 --tiles 13 --batch 1 --batch 8)
+    stress=(--times 200)
+    counters=(--shape A --tokens 8192 --tokens 1892 --routing uniform --rounds 1)
+    prefill=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 7 --tiles 14 --tiles 31 --batch 1)
+    # the most memory, and so the last: about 73 GB
+    largest=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 7 --tiles 25 --batch 8)
     break_even=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 1 --tiles 2 --tiles 4 --batch 1 --batch 8 --mixed 8)
     overhead=(--size 30b --rounds 10 --steps 3)
 fi
@@ -105,6 +119,7 @@ if [ -z "$DRY_RUN" ] && "$PYTHON" -c "import xdist" 2>/dev/null; then
     export OMP_NUM_THREADS=2
 fi
 
+step stress stress.json "$PYTHON" bench/stress_experts.py --device "$device" "${stress[@]}" --json '$PARTIAL'
 step parity parity.txt "$PYTHON" -m pytest -v -m gpu "${tests[@]}"
 step tuning tiles.json "$PYTHON" bench/tune_experts.py --device "$device" "${tuning[@]}" --json '$PARTIAL'
 step experts experts.json "$PYTHON" bench/bench_experts.py --device "$device" "${experts[@]}" --json '$PARTIAL'
@@ -114,6 +129,16 @@ step prefill prefill.json \
 step break-even break_even.json \
     "$PYTHON" bench/bench_prefill.py --device "$device" "${break_even[@]}" --budget '$BUDGET' --json '$PARTIAL'
 step overhead overhead.json "$PYTHON" bench/bench_overhead.py --device "$device" "${overhead[@]}" --json '$PARTIAL'
+# what bounds the two GEMMs: L2 to multiprocessors, memory, tensor cores, and what warps wait for
+if command -v ncu >/dev/null && [ -z "$DRY_RUN" ]; then
+    step counters counters.csv ncu --clock-control none --csv --log-file '$PARTIAL' --kernel-name 'regex:gate_up|down' \
+        --launch-count 8 --metrics "$METRICS" "$PYTHON" bench/bench_experts.py --device "$device" "${counters[@]}"
+elif [[ " ${chosen[*]} " == *" counters "* ]]; then
+    shares=$((shares - ${share[counters]}))
+    echo "== counters: skipped, ncu is not there"
+fi
+step largest largest.json \
+    "$PYTHON" bench/bench_prefill.py --device "$device" "${largest[@]}" --budget '$BUDGET' --json '$PARTIAL'
 
 echo "== done after $SECONDS s, in $OUT: ${passed[*]:-nothing new}"
 for line in ${failed[@]+"${failed[@]}"}; do

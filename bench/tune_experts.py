@@ -37,6 +37,7 @@ from workload import make_hidden, make_routing, make_weights, routing_logits
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.experts import kernel, tiles
 from fastmmoe_kernels.experts.tiles import ExpertTiles, GemmTile, expert_tiles, shared_memory
+from fastmmoe_kernels.interpreter import mend_interpreter
 
 SHAPES = {
     "A": ExpertsShape("A", 2048, 768, 128, (8,)),  # Qwen3-30B-A3B: InternVL3.5, Qwen3-VL
@@ -294,6 +295,8 @@ def main(
     if write and where.type != "cuda":
         raise typer.BadParameter(f"--write: expected --device cuda, got {device}")
     resolve_backend("triton", torch.empty(0, device=where))
+    if where.type == "cpu":
+        mend_interpreter()
     shapes = [SHAPES[name] for name in shape or ("A", "B")]
     tuner = Tuner(shapes, where, rounds, workers)
     old: Row = {}

@@ -628,40 +628,62 @@ def test_runs_of_all_variants(runner):
 
 
 class FakeRunner:
-    """Logits as given, in the order in which they are asked for."""
+    """Logits as given, in the order in which they are asked for, and the error of our experts."""
 
     model = torch.zeros(1)
 
-    def __init__(self, *logits):
-        self.left = [torch.tensor([[1.0, value]]) for value in logits]
+    def __init__(self, logits, experts):
+        self.left, self.experts = [torch.tensor([[1.0, value]]) for value in logits], experts
 
     def logits(self, variant, inputs):
         return self.left.pop(0)
 
+    def experts_error(self, variant, inputs):
+        return self.experts
+
 
 @pytest.mark.parametrize(
-    "logits, ok",
+    "logits, experts, ok",
     [
-        # stock, stock again, nothing reduced, transformers' other experts, ours
-        ((2.0, 2.0, 2.0, 2.0, 2.0), True),
-        ((2.0, 2.0, 2.0001, 2.0, 2.0), False),  # a deterministic device, and a difference
-        ((2.0, 2.001, 2.001, 2.0, 2.0), True),  # the device itself differs as much
-        ((2.0, 2.0, 2.0, 2.0, 2.1), False),
-        ((2.0, 2.0, 2.0, 2.1, 2.1), True),  # transformers' own implementations are as far apart
-        ((2.0, 2.0, 2.0, 2.1, 2.3), False),
-        ((2.0, 2.0, 2.0, 9.0, 9.0), False),  # so far apart that they say nothing
-        ((2.0, 2.0, 2.0, 2.0, float("nan")), False),
-        ((2.0, 2.0, float("nan"), 2.0, 2.0), False),
+        # stock, stock again, transformers' other experts, nothing reduced, ours; and our experts' outputs
+        ((2.0, 2.0, 2.0, 2.0, 2.0), 1e-6, True),
+        ((2.0, 2.0, 2.0, 2.0001, 2.0), 1e-6, False),  # a deterministic device, and a difference
+        ((2.0, 2.001, 2.0, 2.001, 2.0), 1e-6, True),  # the device itself differs as much
+        ((2.0, 2.0, 2.1, 2.1, 2.0), 1e-6, True),  # transformers' own implementations are as far apart
+        ((2.0, 2.0, 2.0, 2.0, 9.0), 1e-6, True),  # routing that has flipped says nothing
+        ((2.0, 2.0, 2.0, 2.0, 2.0), 1e-3, False),
+        ((2.0, 2.0, 2.0, 2.0, 2.0), float("nan"), False),
+        ((2.0, 2.0, 2.0, float("nan"), 2.0), 1e-6, False),
     ],
 )
-def test_parity(logits, ok):
+def test_parity(logits, experts, ok):
+    runner = FakeRunner(logits, experts)
     if ok:
-        assert check_parity(FakeRunner(*logits), {}, "sdpa", "grouped_mm")["our_experts"] == pytest.approx(
-            (logits[4] - 2) / 5**0.5, abs=1e-6
-        )
+        found = check_parity(runner, {}, "sdpa", "grouped_mm")
+        assert found["our_experts"] == experts
+        assert found["our_experts_logits"] == pytest.approx((logits[4] - 2) / 5**0.5, abs=1e-6)
     else:
         with pytest.raises(SystemExit, match="parity: "):
-            check_parity(FakeRunner(*logits), {}, "sdpa", "grouped_mm")
+            check_parity(runner, {}, "sdpa", "grouped_mm")
+
+
+@pytest.mark.parametrize("layer", [None, 1, 7])
+def test_experts_are_compared_in_every_layer(layer, runner, monkeypatch):
+    """One element of one layer that is wrong, or NaN, is found."""
+    calls, right = [], prefill_variants.fastmmoe_experts
+
+    def experts(module, *args):
+        calls.append(module)
+        output = right(module, *args)
+        if len(calls) - 1 == layer:
+            output[3, 2] = float("nan") if layer == 1 else output.norm()
+        return output
+
+    monkeypatch.setattr(prefill_variants, "fastmmoe_experts", experts)
+    inputs = join(build_samples(runner.model, Case((2,), 8, 16)))
+    error = runner.experts_error(Variant("parity", "sdpa", "grouped_mm"), inputs)
+    assert len(calls) == len(set(map(id, calls))) == TINY.layers
+    assert error < 1e-5 if layer is None else not error < 0.1
 
 
 # --- prefill: arithmetic ----------------------------------------------------------------------------------------------
@@ -912,15 +934,15 @@ def test_gpu_script_continues_and_resumes(tmp_path):
     out = tmp_path / "out"
     first = run_gpu_script(tmp_path, FAKE_PYTHON)
     assert first.returncode == 1 and "FAILED tuning: status 3" in first.stdout
-    names = {"log.txt", "parity.txt", "experts.json", "ops.json"}
+    names = {"log.txt", "stress.json", "parity.txt", "experts.json", "ops.json", "largest.json"}
     names |= {"prefill.json", "break_even.json", "overhead.json"}
     assert {path.name for path in out.iterdir()} == names | {"partial-tiles.json"}
     assert "bench_experts.py --device cpu" in (out / "experts.json").read_text()
-    # of 520 seconds, which the steps before left: 75 of 170 parts, and 30 seconds for what was begun
+    # of 520 seconds, which the steps before left: 75 of 270 parts, and 30 seconds for what was begun
     budget = int(re.search(r"--budget (\d+) --json", (out / "prefill.json").read_text())[1])
-    assert 190 <= budget <= 199
+    assert 105 <= budget <= 114
     second = run_gpu_script(tmp_path, FAKE_PYTHON.replace("exit 3", "exit 0"))
-    assert second.returncode == 0 and second.stdout.count("skipped") == 6
+    assert second.returncode == 0 and second.stdout.count("skipped") == 9
     assert {path.name for path in out.iterdir()} == names | {"tiles.json"}
 
 
