@@ -48,8 +48,9 @@ $(OLDEST)/.installed: pyproject.toml setup.py constraints-oldest.txt
 		--editable ".[test,bench]"
 	touch $@
 
+# all tests, unless TESTS names some
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile --durations=10 $(TESTS)
 	env -u TRITON_INTERPRET $(OLDEST)/bin/python -m fastmmoe_kernels.aot
 
 # the seed of a failing sequence is printed

@@ -131,8 +131,8 @@ def main():
     batches = random.Random(0)
     report = {
         "variants": variants,
-        "warm-up": [launch for n in (1, 300, 1000, 16384) for launch in run_experts(n)],
-        "batches": [run_experts(batches.randint(1, 16384)) for _ in range(50)],
+        "warm-up": [launch for n in (1, 300, 600, 16384) for launch in run_experts(n)],
+        "batches": [run_experts(round(16384 ** batches.random())) for _ in range(50)],
         "lengths": {
             "routing": [route(n) for n in lengths],
             "routing, 72 experts": [route(n, 72, 6) for n in lengths],
