@@ -140,6 +140,8 @@ def is_sensible(tile: GemmTile, block_m: int, gemm: str, shapes: Iterable[Expert
 def compile_job(job: Job, device: torch.device) -> str | None:
     """In a worker: run the candidate once on a few tokens, so that Triton's cache has it. Why not, if it fails."""
     torch.set_num_threads(1)
+    if device.type == "cpu":
+        mend_interpreter()  # in every process
     few = replace(job.shape, experts=job.shape.top_k[0])
     try:
         target, dtype = kernel.device_target(device), dtype_of(device)
