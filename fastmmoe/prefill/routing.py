@@ -50,14 +50,12 @@ class GatePatch(Patch):
         if linear is not None:
             flat = hidden.reshape(-1, hidden.shape[-1])
             routing = gate_routing(flat, gate.weight, **linear, **options)
-            forward.chose(place, routing.logits.shape[-1])
-            return family.gate_output(gate, routing.logits, routing)
+            return forward.chose(place, family.gate_output(gate, routing.logits, routing))
         output = self.stock(hidden, *args)
         logits = family.logits(output)
         if not self._is_known:
             self._check_choice(logits, *output[1:3], family.routing_options(gate, *args))
-        forward.chose(place, logits.shape[-1])
-        return family.gate_output(gate, logits, topk_routing(logits, **options))
+        return forward.chose(place, family.gate_output(gate, logits, topk_routing(logits, **options)))
 
     def _check_choice(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, options: dict[str, Any]
@@ -108,17 +106,19 @@ class ExpertsPatch(Patch):
         if place is None:
             return self.stock(hidden, ids, weights)
         place.experts = forward.token
-        config, has_chosen = forward.plan.config, forward.chosen_at is place
+        config, is_chosen = forward.plan.config, forward.chosen_at is place and ids is forward.chosen_ids
         is_flat, pairs = self.installation.family.vision_only, None
         # each number of pairs would be another graph
         is_ours = self._is_known and self.form is not None
-        if has_chosen and not (is_ours and torch.compiler.is_compiling()):
+        if is_chosen and not (is_ours and torch.compiler.is_compiling()):
             pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
         if is_ours:
             return self.form.run(self.module, hidden, ids, weights, config.backend, pairs)
-        if not has_chosen:
+        if forward.chosen_at is not place:
             return self.stock(hidden, ids, weights)  # the gate chose for other tokens than the forward's
         num_experts = forward.num_experts
+        if not is_chosen:  # by somebody behind the gate, who may have left slots empty
+            return self.stock(hidden, ids.clamp_max(num_experts - 1).long(), weights)
         if self._is_known:
             return run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)
         # once: empty slots have weight 0, and any expert may take them

@@ -105,7 +105,8 @@ class ForwardPass:
         stage: the prune layer under way, if it has tokens to prune.
         probing: a gate is asked for its probabilities: it does not choose experts.
         token: by which places are marked whose gate and experts ran.
-        chosen_at, num_experts: where a gate last gave vision tokens fewer experts, and how many experts it has.
+        chosen_at, chosen_ids, num_experts: where a gate last gave vision tokens fewer experts, which [T, K], and of how
+            many. Of other ids that come to the experts, from somebody behind the gate, nothing is known.
     """
 
     installation: "Installation"
@@ -123,6 +124,7 @@ class ForwardPass:
     probing: bool = False
     token: Token = field(default_factory=Token)
     chosen_at: Place | None = None
+    chosen_ids: torch.Tensor | None = field(default=None, repr=False)
     num_experts: int = 0
     _memo: dict = field(default_factory=dict)
 
@@ -135,9 +137,11 @@ class ForwardPass:
         """Whether gates give its vision tokens fewer experts."""
         return self.has_vision and not self.probing
 
-    def chose(self, place: Place, num_experts: int) -> None:
-        """A gate of so many experts has given vision tokens fewer of them."""
-        self.chosen_at, self.num_experts, place.gate = place, num_experts, self.token
+    def chose(self, place: Place, output: tuple) -> tuple:
+        """A gate returns this output (logits [T, E], weights, ids [T, K]): vision tokens have fewer experts in it."""
+        self.chosen_at, self.num_experts, self.chosen_ids = place, output[0].shape[-1], output[2]
+        place.gate = self.token
+        return output
 
     def segment(self, number: int) -> Segment:
         """The segment of the layers behind `number` prune layers.

@@ -27,7 +27,9 @@ class _MaskUnlessFull:
         forward = None if torch.compiler.is_compiling() else RUNNING.forward
         if forward is None or not import_utils.is_cuda_stream_capturing():
             return self.covered(*args, **kwargs)
-        is_full = not forward.past and forward.is_full(len(forward.segments) - 1)
+        # another model may be called from within
+        is_ours = kwargs.get("config") is forward.text_config
+        is_full = is_ours and not forward.past and forward.is_full(len(forward.segments) - 1)
         is_plain = kwargs.get("allow_is_causal_skip") and kwargs.get("local_size") is None
         if is_full and is_plain and kwargs["q_length"] == kwargs["kv_length"]:
             return None

@@ -263,3 +263,17 @@ def test_a_whole_prefill_is_captured_as_a_cuda_graph(config):
             out.fill_(float("nan"))
             graph.replay()
             torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_is_called_within_a_captured_prefill_keeps_its_mask(monkeypatch):
+    model, other = tiny_internvl(), tiny_internvl()
+    layout, batch = two_images(2), tiny_batch(other, (1, 2))
+    fastmmoe.enable(model, FastMMoEConfig(**BOTH))
+    embeds = torch.randn(2, layout.width, 64, generator=torch.Generator().manual_seed(0))
+    got = []
+    text_model(model).layers[2].register_forward_hook(lambda *_: got.append(other(**batch).logits))
+    with torch.no_grad(), fastmmoe.fixed_layout(model, layout):
+        want = other(**batch).logits
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        text_model(model)(inputs_embeds=embeds, past_key_values=DynamicCache(config=text_model(model).config))
+    torch.testing.assert_close(got[-1], want, rtol=1e-4, atol=1e-4)

@@ -196,6 +196,51 @@ def test_a_replaced_forward_of_experts_that_makes_something_else_of_them(model, 
     close(logits_of(model, batch_of(family)), logits_of(plain, batch_of(family)))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5], ids=["our experts", "its own experts"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["hook", "forward"])
+def test_somebody_behind_the_gate_chooses_more_experts(model, family, wrapped, scale):
+    """Theirs run, all of them: here stock's, in the only layer that would have had fewer."""
+    last, plain = len(text_of(model).layers) - 1, fresh(family)
+    for one in (model, plain):
+        experts = text_of(one).layers[last].mlp.experts
+        experts.forward = lambda *args, forward=experts.forward: forward(*args) * scale
+    gate, stock_gate = text_of(model).layers[last].mlp.gate, text_of(plain).layers[last].mlp.gate
+    config = config_of("experts", reduction_layer=last)
+    fastmmoe.enable(model, config)
+    valid = batch_of(family)["attention_mask"].bool()
+    want = logits_of(plain, batch_of(family))[valid]
+    assert (logits_of(model, batch_of(family))[valid] - want).abs().max() > 0.1
+    if wrapped:
+        ours = gate.forward
+        gate.forward = lambda *args: (ours(*args), stock_gate(*args))[1]
+    else:
+        gate.register_forward_hook(lambda module, args, output: stock_gate(*args))
+    close(logits_of(model, batch_of(family))[valid], want)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5], ids=["our experts", "its own experts"])
+def test_a_moe_that_is_asked_about_more_tokens(model, family, scale):
+    """Beside the forward's own it chooses for others, and experts run on them, as if nothing were enabled."""
+    moe, plain = text_of(model).layers[3].mlp, text_of(fresh(family)).layers[3].mlp
+    for one in (moe, plain):
+        one.experts.forward = lambda *args, forward=one.experts.forward: forward(*args) * scale
+    fastmmoe.enable(model, config_of("experts"))
+    want = logits_of(model, batch_of(family))
+    forward, seen = moe.forward, []
+
+    def twice(hidden):
+        output = forward(hidden)
+        longer = torch.cat([hidden, hidden], 1)
+        seen.append((longer, forward(longer)))
+        return output
+
+    moe.forward = twice
+    assert torch.equal(logits_of(model, batch_of(family)), want)
+    [(longer, got)] = seen
+    with torch.no_grad():
+        close(got, plain(longer))
+
+
 def test_samples_that_only_their_positions_tell_apart(model, family, config):
     """transformers takes such a row for several samples where nothing is cached."""
     samples = alone(batch_of(family))
