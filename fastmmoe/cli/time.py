@@ -39,7 +39,10 @@ EXAMPLE = (
     "--prune-layers 5,8,12 --retention 0.5"
 )
 DEVICE = f"{', '.join(DEVICES)}, {CPU} (measured in half a second), or a .json file of measured ceilings."
-NOTE = "Floors by calculation, not measurements: real prefills take longer, and their ratio may differ."
+NOTE = (
+    "Floors by calculation, not measurements: a prefill in eager mode takes longer, and the ratio may be another. "
+    "Elementwise ops, which a compiler may fuse, are counted as eager mode runs them."
+)
 
 Sweep = Mapping[int, Sequence[float]]
 

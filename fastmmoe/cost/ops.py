@@ -1,10 +1,10 @@
 """What one decoder layer does to a batch: the FLOPs, bytes and launches of each of its ops.
 
-FLOPs are those of `fastmmoe.flops`: they add up to a layer's. Bytes are those that any implementation must move: an
-op's weights once, what it reads and what it writes. Of experts only those are read that a token is expected to come to,
-if routing is uniform and tokens choose by themselves; real routing is skewed and touches fewer. What stays between an
-op's kernels counts as well where they are several, as this package's are: an expert's inner numbers, and its outputs
-before they are added up.
+FLOPs are those of `fastmmoe.flops`: they add up to a layer's. Bytes are, but for elementwise ops, those that any
+implementation must move: an op's weights once, what it reads and what it writes. Of experts only those are read that a
+token is expected to come to, if routing is uniform and tokens choose by themselves; real routing is skewed and touches
+fewer. What stays between an op's kernels counts as well where they are several, as this package's are: an expert's
+inner numbers, and its outputs before they are added up.
 
 Elementwise ops are what stock transformers (5.23) runs in eager mode, on both sides of a comparison. Of a layer with
 norms of queries and keys that is, in 16 bits and per number, operation by operation, what each reads and writes:
@@ -15,9 +15,10 @@ norms of queries and keys that is, in 16 bits and per number, operation by opera
   launches.
 - A residual sum: 6 bytes, 1 launch, twice.
 
-With hidden size 2,048, queries of 4,096 and keys of 512 numbers: 430 KB per token in 44 launches. Families without
-norms of queries and keys do less, those with more norms or gates do more. Launches of the other ops are counted on the
-same layer, with grouped GEMMs for the experts. Of a linear attention or a state space this is a rough count.
+With hidden size 2,048, queries of 4,096 and keys of 512 numbers: 430 KB per token in 44 launches. Attention without
+norms of queries and keys does less; MLA has norms of what it writes them out from, and turns a part of them. What else
+a family has (gates, more norms, all of a linear attention or a state space) is left out. Fused kernels move less than
+eager mode does. Launches of the other ops are counted on the same layer, with grouped GEMMs for the experts.
 """
 
 from collections.abc import Sequence
@@ -112,9 +113,10 @@ def _elementwise(layer: Layer, hidden: int, mixed: int, left: int, itemsize: int
     norm_launches = NORM if casts else NORM - 2
     moved, launches = 0, 0
     if layer.mixer.weights:
-        around, turned = hidden * (norm + residual), (layer.mixer.query + layer.mixer.key) * (norm + rotary)
-        moved += mixed * (around + turned)
-        launches += 3 * norm_launches + 2 * ROTARY + RESIDUAL
+        around = hidden * (norm + residual)
+        moved += mixed * (around + layer.mixer.normed * norm + layer.mixer.turned * rotary)
+        launches += (1 + layer.mixer.norms) * norm_launches + RESIDUAL
+        launches += 2 * ROTARY if layer.mixer.turned else 0
     if layer.mlp.weights:
         moved += left * hidden * (norm + residual)
         launches += norm_launches + RESIDUAL

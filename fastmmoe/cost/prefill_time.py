@@ -4,8 +4,8 @@ Every op of a layer (`ops.py`) takes the time of its FLOPs or the time of its by
 (`devices.py`), whichever is longer, one op after the other. Where the host takes longer to launch a layer than the
 device to run it, the layer takes its launches' time. Real kernels stay below the ceilings, and what is left out
 (embeddings, the language head, the vision tower, padding, copies that an implementation could do without) is added: a
-measurement is longer. Both sides of a comparison are such floors of the same ops, so that their ratio is closer to the
-measured one than they are.
+measurement in eager mode is longer. Only elementwise ops may take less, where they are fused. Both sides of a
+comparison are such floors of the same ops, so that their ratio is closer to the measured one than they are.
 """
 
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ def architecture_of(model_or_config: Any) -> Architecture:
     config = text_config_of(model_or_config)
     kind = getattr(config, "model_type", None)
     family = next((family for family in FAMILIES if family.text_type == kind), None)
-    return Architecture.from_config(config, *([] if family is None else [family.mixer_weights]))
+    return Architecture.from_config(config, *([] if family is None else [family.mixer_weights, family.norms_heads]))
 
 
 def text_models(model: nn.Module) -> list[tuple[Family, nn.Module, nn.Module]]:

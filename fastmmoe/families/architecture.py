@@ -31,6 +31,9 @@ class Mixer:
         index_pool: tokens that one key of the indexer stands for.
         query, key, value: numbers per token of all queries, keys and values, as they are when they are mixed; of what
             a state space or a short convolution has in their place.
+        normed, norms: numbers per token that RMSNorms of attention's own go over, of queries and keys or of what MLA
+            writes them out from, and how many norms.
+        turned: numbers per token to which attention gives rotary positions.
     """
 
     weights: int = 0
@@ -43,6 +46,9 @@ class Mixer:
     query: int = 0
     key: int = 0
     value: int = 0
+    normed: int = 0
+    norms: int = 0
+    turned: int = 0
 
     @property
     def output(self) -> int:
@@ -129,12 +135,16 @@ class Architecture:
 
     @classmethod
     def from_config(
-        cls, model_or_config: Any, mixer_weights: Callable[[Any, int], int] = no_weights
+        cls,
+        model_or_config: Any,
+        mixer_weights: Callable[[Any, int], int] = no_weights,
+        norms_heads: bool = True,
     ) -> "Architecture":
         """Read the sizes from a transformers config (a composite one's text config) or a model.
 
         Args:
             mixer_weights: (a layer's config, layer) -> parameters in front of its MLP of which no attribute tells.
+            norms_heads: attention has norms of its queries and keys, of which no attribute tells either.
 
         Raises:
             ValueError: no experts, or layers of a kind that is not known here.
@@ -151,7 +161,7 @@ class Architecture:
         for layer in range(config.num_hidden_layers):
             of_layer = _of_layer(config, layer)
             try:
-                mixer = _mixer(of_layer, layer, mixer_weights(of_layer, layer))
+                mixer = _mixer(of_layer, layer, mixer_weights(of_layer, layer), norms_heads)
             except _UnknownKindError as error:
                 raise ValueError(f"text_config: {kind} has layers of type {error}, which is not counted") from None
             mlp, vision_mlp = _mlps(of_layer, layer, layer in dense)
@@ -159,9 +169,11 @@ class Architecture:
         return cls(config.hidden_size, num_experts, top_k, tuple(layers))
 
     @classmethod
-    def of(cls, mixer_weights: Callable[[Any, int], int] = no_weights, **sizes: Any) -> "Architecture":
+    def of(
+        cls, mixer_weights: Callable[[Any, int], int] = no_weights, norms_heads: bool = True, **sizes: Any
+    ) -> "Architecture":
         """Read the sizes from attributes named as in a transformers config."""
-        return cls.from_config(SimpleNamespace(**sizes), mixer_weights)
+        return cls.from_config(SimpleNamespace(**sizes), mixer_weights, norms_heads)
 
 
 class _UnknownKindError(Exception):
@@ -255,7 +267,7 @@ def _head_dim(config: Any, kind: str) -> int:
 _Widths = tuple[int, int, int]
 
 
-def _mixer(config: Any, layer: int, more_weights: int) -> Mixer:
+def _mixer(config: Any, layer: int, more_weights: int, norms_heads: bool) -> Mixer:
     kind = layer_kind(config, layer)
     if kind in _NO_MIXER:
         return Mixer()
@@ -281,7 +293,35 @@ def _mixer(config: Any, layer: int, more_weights: int) -> Mixer:
         query=query,
         key=key,
         value=value,
+        **(_latent_norms(config, kind, layer) if is_latent else _norms(config, layer, query + key, norms_heads)),
     )
+
+
+def _has_rope(config: Any, layer: int) -> bool:
+    told = getattr(config, "no_rope_layers", None)  # 1 where a layer has it, in spite of the name
+    return not told or bool(told[layer])
+
+
+def _norms(config: Any, layer: int, width: int, norms_heads: bool) -> dict[str, int]:
+    """What norms and rotary positions of attention go over, of queries and keys of this width."""
+    if not _has_rope(config, layer):
+        return {}
+    rope = getattr(config, "rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor") or _first(config, "partial_rotary_factor") or 1.0
+    has_norms = norms_heads and getattr(config, "use_qk_norm", True)
+    return {"normed": width if has_norms else 0, "norms": 2 if has_norms else 0, "turned": int(width * share)}
+
+
+def _latent_norms(config: Any, kind: str, layer: int) -> dict[str, int]:
+    """The same of MLA: its latents, each head's rotary part of the query, and the one of the key."""
+    latents = [_of_kind(config, kind, "q_lora_rank") or 0]
+    latents += [] if _reuses_keys(config, layer) else [_of_kind(config, kind, "kv_lora_rank")]
+    turned = (_of_kind(config, kind, "num_attention_heads") + 1) * config.qk_rope_head_dim
+    return {
+        "normed": sum(latents),
+        "norms": sum(map(bool, latents)),
+        "turned": turned if _has_rope(config, layer) else 0,
+    }
 
 
 def _reuses_keys(config: Any, layer: int) -> bool:
@@ -307,8 +347,7 @@ def _latent_attention(config: Any, kind: str, layer: int) -> tuple[int, int, _Wi
     query_rank, rank = _of_kind(config, kind, "q_lora_rank") or 0, _of_kind(config, kind, "kv_lora_rank")
     value = _of_kind(config, kind, "v_head_dim")
     plain, rotary = _of_kind(config, kind, "qk_nope_head_dim") or 0, config.qk_rope_head_dim
-    has_rope = getattr(config, "no_rope_layers", None)  # 1 where a layer has it, in spite of the name
-    if has_rope and not has_rope[layer]:
+    if not _has_rope(config, layer):
         plain, rotary = plain + rotary, 0
     width = heads * (plain + rotary)
     query = (config.hidden_size + width) * query_rank or config.hidden_size * width

@@ -8,6 +8,7 @@ ARIA = Family(
     title="Aria",
     parent_type="aria",
     text_type="aria_text",
+    norms_heads=False,
     placeholders=("image_token_index",),
     features=("pixel_values", "mm_encoder_outputs"),
     gate="router",
@@ -22,6 +23,7 @@ ARIA = Family(
     ),
     architectures={
         "aria": Architecture.of(
+            norms_heads=False,
             num_hidden_layers=28,
             hidden_size=2560,
             num_attention_heads=20,

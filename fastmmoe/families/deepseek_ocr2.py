@@ -8,6 +8,7 @@ DEEPSEEK_OCR2 = Family(
     title="DeepSeek-OCR-2",
     parent_type="deepseek_ocr2",
     text_type="deepseek_ocr2_text",
+    norms_heads=False,
     placeholders=("image_token_id",),
     features=("pixel_values", "pixel_values_local", "mm_encoder_outputs"),
     routing_options=unnormalised_softmax_gate,

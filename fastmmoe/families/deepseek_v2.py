@@ -11,6 +11,7 @@ from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.tiling import Tiling, fitted, grid
 
 DEEPSEEK_VL2_TINY = Architecture.of(
+    norms_heads=False,
     num_hidden_layers=12,
     hidden_size=1280,
     num_attention_heads=10,
@@ -25,6 +26,7 @@ DEEPSEEK_VL2_TINY = Architecture.of(
 )
 
 _DEEPSEEK_VL2_SMALL = Architecture.of(
+    norms_heads=False,
     num_hidden_layers=27,
     hidden_size=2048,
     num_attention_heads=16,
@@ -42,6 +44,7 @@ _DEEPSEEK_VL2_SMALL = Architecture.of(
 )
 
 _DEEPSEEK_VL2 = Architecture.of(
+    norms_heads=False,
     num_hidden_layers=30,
     hidden_size=2560,
     num_attention_heads=32,
@@ -102,6 +105,7 @@ DEEPSEEK_VL2 = Family(
     title="DeepSeek-VL2",
     parent_type="deepseek_vl_v2",
     text_type="deepseek_v2",
+    norms_heads=False,
     features=("images",),
     vision_mask=_vision_mask,
     routing_options=lambda gate: {

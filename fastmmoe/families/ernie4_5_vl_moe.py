@@ -22,6 +22,7 @@ ERNIE4_5_VL_MOE = Family(
     title="ERNIE-4.5-VL",
     parent_type="ernie4_5_vl_moe",
     text_type="ernie4_5_vl_moe_text",
+    norms_heads=False,
     placeholders=("image_token_id", "video_token_id"),
     videos=True,
     gate="vision_moe.gate",
@@ -40,6 +41,7 @@ ERNIE4_5_VL_MOE = Family(
     ),
     architectures={
         "ernie-4.5-vl-28b-a3b": Architecture.of(
+            norms_heads=False,
             num_hidden_layers=28,
             hidden_size=2560,
             num_attention_heads=20,

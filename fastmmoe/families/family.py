@@ -104,6 +104,7 @@ class Family:
     Of the text model:
         mixer_weights: (a layer's config, layer) -> parameters of matrices and convolutions in front of its MLP of which
             no attribute of the config tells: gates of attention, connections of residual streams.
+        norms_heads: attention, where it is not MLA, has norms of its queries and keys.
         attention, norm, moe, gate, experts: where a decoder layer keeps them, as for `get_submodule`; the gate's and
             the experts' are counted from the MoE. The norm's input is the residual stream at the MoE. `moe` "" is the
             layer itself.
@@ -155,6 +156,7 @@ class Family:
     random_model: str = ""
 
     mixer_weights: Callable[[Any, int], int] = no_weights
+    norms_heads: bool = True
     attention: str = "self_attn"
     norm: str = "post_attention_layernorm"
     moe: str = "mlp"

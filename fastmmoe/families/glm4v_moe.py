@@ -9,6 +9,7 @@ GLM4V_MOE = Family(
     title="GLM-4.5V",
     parent_type="glm4v_moe",
     text_type="glm4v_moe_text",
+    norms_heads=False,
     # of video frames too
     placeholders=("image_token_id",),
     videos=True,
@@ -25,10 +26,12 @@ GLM4V_MOE = Family(
     architectures=dict.fromkeys(
         ("glm-4.5v", "glm-4.6v"),
         Architecture.of(
+            norms_heads=False,
             num_hidden_layers=46,
             hidden_size=4096,
             num_attention_heads=96,
             num_key_value_heads=8,
+            partial_rotary_factor=0.5,
             head_dim=128,
             n_routed_experts=128,
             num_experts_per_tok=8,

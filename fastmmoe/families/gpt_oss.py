@@ -8,6 +8,7 @@ INTERNVL_GPT_OSS = Family(
     title="InternVL with gpt-oss",
     parent_type="internvl",
     text_type="gpt_oss",
+    norms_heads=False,
     placeholders=("image_token_id",),
     features=("pixel_values", "mm_encoder_outputs"),
     gate="router",
@@ -23,6 +24,7 @@ INTERNVL_GPT_OSS = Family(
     ),
     architectures={
         "internvl3.5-gpt-oss-20b-a4b": Architecture.of(
+            norms_heads=False,
             num_hidden_layers=24,
             hidden_size=2880,
             layer_types=["sliding_attention", "full_attention"] * 12,

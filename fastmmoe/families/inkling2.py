@@ -25,6 +25,7 @@ INKLING2 = Family(
     title="Inkling-2",
     parent_type="inkling2",
     text_type="inkling2_text",
+    norms_heads=False,
     placeholders=("image_token_id",),
     features=("pixel_values", "mm_encoder_outputs"),
     mixer_weights=_mixer_weights,
@@ -43,6 +44,7 @@ INKLING2 = Family(
     ),
     architectures={
         "inkling-2-small": Architecture.of(
+            norms_heads=False,
             mixer_weights=_mixer_weights,
             num_hidden_layers=48,
             hidden_size=4608,

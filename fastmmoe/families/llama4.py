@@ -7,6 +7,7 @@ _SIZES = dict(
     num_hidden_layers=48,
     hidden_size=5120,
     layer_types=["full_attention" if i % 4 == 3 else "chunked_attention" for i in range(48)],
+    no_rope_layers=[int(i % 4 != 3) for i in range(48)],
     attention_chunk_size=8192,
     num_attention_heads=40,
     num_key_value_heads=8,

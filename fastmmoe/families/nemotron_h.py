@@ -13,6 +13,7 @@ NEMOTRON_H_OMNI = Family(
     title="Nemotron-Omni",
     parent_type="nemotron_h_omni",
     text_type="nemotron_h",
+    norms_heads=False,
     placeholders=("image_token_id", "video_token_id"),
     videos=True,
     norm="norm",
@@ -29,6 +30,7 @@ NEMOTRON_H_OMNI = Family(
     ),
     architectures={
         "nemotron-3-nano-omni-30b-a3b": Architecture.of(
+            norms_heads=False,
             num_hidden_layers=len(_NANO),
             hidden_size=2688,
             layer_types=_NANO,

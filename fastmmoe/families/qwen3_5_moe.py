@@ -28,6 +28,7 @@ QWEN3_5_MOE = Family(
             layer_types=["full_attention" if i % 4 == 3 else "linear_attention" for i in range(40)],
             num_attention_heads=16,
             num_key_value_heads=2,
+            partial_rotary_factor=0.25,
             head_dim=256,
             linear_conv_kernel_dim=4,
             linear_key_head_dim=128,

@@ -54,6 +54,7 @@ UNLIMITED_OCR = Family(
     title="Unlimited-OCR",
     parent_type="unlimited_ocr",
     text_type="unlimited_ocr_text",
+    norms_heads=False,
     placeholders=("image_token_id",),
     features=("pixel_values", "pixel_values_local", "mm_encoder_outputs"),
     routing_options=unnormalised_softmax_gate,
@@ -69,6 +70,7 @@ UNLIMITED_OCR = Family(
     ),
     architectures={
         "unlimited-ocr": Architecture.of(
+            norms_heads=False,
             num_hidden_layers=12,
             hidden_size=1280,
             num_attention_heads=10,

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fastmmoe.cost.flops import flops
-from fastmmoe.families import ARCHITECTURES, Architecture
+from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of
 from fastmmoe.families.architecture import Layer, Mixer, Mlp
 from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
@@ -103,7 +103,7 @@ def test_hand_figure_mla():
 def test_named_deepseek_vl2_is_its_checkpoint(name, language_config):
     common = dict(n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1)
     config = DeepseekVLV2Config(language_config=common | language_config)
-    assert Architecture.from_config(config) == ARCHITECTURES[name]
+    assert architecture_of(config) == ARCHITECTURES[name]
     plan = FastMMoEConfig.preset(config, retention=0.5)
     assert flops(f"deepseek-ai/{name}", 10, 421, plan) == flops(config, 10, 421, plan)
 
@@ -258,7 +258,7 @@ def test_defaults_of_a_config_without_the_optional_attributes():
         moe_intermediate_size=20, intermediate_size=44, mlp_layer_types=["dense", "sparse"],
     )
     architecture = Architecture.from_config(config)
-    mixer = Mixer(weights=4 * 32 * 32, pair=2 * 32, query=32, key=32, value=32)
+    mixer = Mixer(weights=4 * 32 * 32, pair=2 * 32, query=32, key=32, value=32, normed=64, norms=2, turned=64)
     dense = Mlp(weights=3 * 32 * 44, width=44)
     moe = Mlp(weights=32 * 6, expert=3 * 32 * 20, expert_width=20, expert_hidden=32)
     assert architecture == Architecture(32, 6, 2, (Layer(mixer, dense), Layer(mixer, moe)))

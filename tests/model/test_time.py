@@ -23,9 +23,10 @@ from fastmmoe.cost import devices
 from fastmmoe.cost.devices import DEVICES, Ceilings, card, ceilings_of
 from fastmmoe.cost.ops import expected_experts
 from fastmmoe.cost.sweep import BATCHES, VISION
-from fastmmoe.families import ARCHITECTURES, Architecture
+from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, find_text_model
 from fastmmoe.families.architecture import Layer, Mixer, Mlp
 
+from . import tiny_families
 from .test_cli import refused, succeed
 from .tiny import tiny_batch, tiny_internvl
 
@@ -91,7 +92,7 @@ def test_few_tokens_are_bound_by_launches():
 
 def by_hand(**sizes) -> Architecture:
     layer = Layer(
-        Mixer(weights=5000, pair=70, query=30, key=10, value=20),
+        Mixer(weights=5000, pair=70, query=30, key=10, value=20, normed=40, norms=2, turned=30),
         Mlp(weights=100 * 4 + 600, expert=900, width=7, expert_width=3, expert_hidden=50),
     )
     return Architecture(**(dict(hidden_size=100, num_experts=4, num_experts_per_tok=2, layers=(layer,)) | sizes))
@@ -103,7 +104,7 @@ def test_a_small_layer_by_hand():
     report = prefill_time(by_hand(), (3, 1), (5, 2), config, ONLY["bytes"], vision_left=[(2, 1)])
     ops = ops_of(report.per_layer[0].reduced_ops)
     # 11 tokens in attention, 7 behind it
-    assert ops["elementwise"].bytes == 11 * (100 * (36 + 6) + 40 * (36 + 20)) + 7 * 100 * (36 + 6)
+    assert ops["elementwise"].bytes == 11 * (100 * (36 + 6) + 40 * 36 + 30 * 20) + 7 * 100 * (36 + 6)
     # hidden states in and out, queries 30, keys 10, values 20, attention's output 40
     assert ops["projections"].bytes == 2 * (5000 + 11 * (200 + 60 + 40)) and ops["projections"].weight_bytes == 10000
     assert ops["attention"].bytes == 2 * 11 * (60 + 40)
@@ -120,7 +121,7 @@ def test_a_small_layer_by_hand():
     assert ops_of(flops_only.per_layer[0].reduced_ops)["experts"].seconds == 2 * 900 * 11 / 1e12
     float32 = prefill_time(by_hand(), 8, 3, FastMMoEConfig(), replace(ONLY["bytes"], dtype="float32"))
     # without casts: 28 bytes of a norm, 40 of a rotation, 12 of a sum
-    assert ops_of(float32.per_layer[0].dense_ops)["elementwise"].bytes == 11 * (200 * (28 + 12) + 40 * (28 + 40))
+    assert ops_of(float32.per_layer[0].dense_ops)["elementwise"].bytes == 11 * (200 * (28 + 12) + 40 * 28 + 30 * 40)
 
 
 def test_vision_tokens_with_experts_of_their_own_read_them_too():
@@ -195,6 +196,28 @@ def test_elementwise_ops_are_what_a_stock_layer_moves(dtype):
 def test_elementwise_bytes_of_the_30b_model():
     op = ops_of(prefill_time(INTERNVL, 1000, 0, FastMMoEConfig()).per_layer[0].dense_ops)["elementwise"]
     assert (op.bytes, op.launches) == (430_080_000, 44)
+
+
+def test_elementwise_ops_of_mla():
+    """Of DeepSeek-VL2-Small: 512 latents are normed, 64 numbers of each of 16 queries and of one key are turned."""
+    op = ops_of(prefill_time("deepseek-vl2-small", 1000, 0, FastMMoEConfig()).per_layer[0].dense_ops)["elementwise"]
+    assert (op.bytes, op.launches) == (1000 * (2 * 2048 * (36 + 6) + 512 * 36 + 17 * 64 * 20), 3 * 8 + 2 * 5 + 2)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_families.FAMILIES if name not in tiny_families.ABSENT])
+def test_norms_of_queries_and_keys_are_those_of_the_model(name):
+    text = find_text_model(tiny_families.FAMILIES[name]()[0])[1]
+    for layer, module in zip(architecture_of(text.config).layers, text.layers, strict=True):
+        attention = getattr(module, "self_attn", None)
+        if attention is None or not layer.mixer.pair:
+            continue
+        names = ("q_a_layernorm", "kv_a_layernorm", "q_norm", "q_layernorm", "qk_norm")
+        norms = {name: norm for name in names if (norm := getattr(attention, name, None)) is not None}
+        if getattr(text.config, "kv_lora_rank", None):
+            assert layer.mixer.normed == sum(norm.weight.numel() for norm in norms.values())
+            assert layer.mixer.norms == len(norms)
+        else:
+            assert layer.mixer.norms == (2 if norms else 0)
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------
