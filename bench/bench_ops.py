@@ -22,7 +22,6 @@ from contestants import OURS
 from op_cases import OPS, Contestant, OpCase, Setting
 from op_costs import FORMULAS, OpShape
 from plot_ops import draw
-from prefill_summary import median_ratio
 from provenance import provenance, write_json
 from report_ops import print_report
 from roofline import Ceilings, roofline_seconds
@@ -42,8 +41,9 @@ SHAPES = {
 # shape, (tokens, batch) and rounds where none are given
 DEFAULTS = {
     "cuda": ("30b", ((1892, 1), (8192, 1), (1892, 8), (3600, 1)), 10),
-    "cpu": ("small", ((512, 1), (2048, 1), (512, 4)), 5),
+    "cpu": ("small", ((512, 1), (2048, 1), (512, 4)), 15),
 }
+SUFFIXES = (".png", ".svg", ".pdf")
 LEAST_TOKENS = 16  # with vision tokens enough to prune
 
 
@@ -63,6 +63,19 @@ def check_numbers(name: str, numbers: list[float], low: int) -> None:
 def check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
     if value not in expected:
         raise typer.BadParameter(f"--{name}: expected one of {', '.join(expected)}, got {value!r}")
+
+
+def check_files(json_path: Path | None, plot: Path | None) -> None:
+    """That they can be written, before there is anything to lose."""
+    if plot is not None and plot.suffix not in SUFFIXES:
+        raise typer.BadParameter(f"--plot: expected a file that ends in {', '.join(SUFFIXES)}, got {plot}")
+    for option, path in (("plot", plot), ("json", json_path)):
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()
+        except OSError as error:
+            raise typer.BadParameter(f"--{option}: {path}: {error.strerror}") from None
 
 
 def parse_device(name: str, backend: str) -> tuple[torch.device, str]:
@@ -109,10 +122,13 @@ def is_interpreted(at: Setting) -> bool:
 
 
 def add_times(record: dict, seconds: dict[str, list[float]], ceilings: Ceilings, interpreted: bool) -> None:
-    """What the seconds of all rounds make of a record; a speedup only over right answers, by a right answer."""
-    ours = record["contestants"][OURS]
+    """What the seconds of all rounds make of a record; a speedup only over right answers, by a right answer.
+
+    A speedup is the ratio of medians: within one round calls this short are too noisy to be compared.
+    """
+    ours, medians = record["contestants"][OURS], {who: statistics.median(found) for who, found in seconds.items()}
     for who, entry in record["contestants"].items():
-        median = statistics.median(seconds[who])
+        median = medians[who]
         bytes_rate, flops_rate = record["bytes"] / median, record["flops"] / median
         entry |= {
             "us": median * 1e6, "gb_per_s": bytes_rate / 1e9, "of_copy": bytes_rate / ceilings.bytes,
@@ -120,7 +136,7 @@ def add_times(record: dict, seconds: dict[str, list[float]], ceilings: Ceilings,
             "of_roofline": record["roofline_us"] / 1e6 / median,
         }  # fmt: skip
         if who != OURS and entry["ok"] and ours["ok"] and not interpreted:
-            entry["speedup"] = median_ratio(seconds[who], seconds[OURS])
+            entry["speedup"] = median / medians[OURS]
 
 
 def find_wrong(records: list[dict]) -> list[str]:
@@ -160,6 +176,7 @@ def main(
     check_numbers("rounds", [rounds], 1)
     check_numbers("threads", [threads], 1)
     check_numbers("budget", [budget], 0)
+    check_files(json_path, plot)
     if tokens or batch:
         sizes = tuple(itertools.product(tokens or dict.fromkeys(n for n, _ in sizes), batch or [1]))
 
@@ -191,7 +208,7 @@ def main(
 
     print_report(result)
     write_json(result, json_path)
-    if plot is not None:
+    if plot is not None and result["cases"]:
         draw(result, plot)
     wrong = find_wrong(result["cases"])
     for line in wrong:

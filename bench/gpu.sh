@@ -24,6 +24,7 @@ OUT=${OUT:-bench/results/local}
 PYTHON=${PYTHON:-python3}
 DRY_RUN=${DRY_RUN:-}
 LIMIT=${LIMIT:-520}  # seconds for all steps
+[[ $LIMIT =~ ^[0-9]+$ ]] || { echo "LIMIT: expected seconds, got $LIMIT"; exit 2; }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # in a log every update of a progress bar is a line
 export TQDM_MININTERVAL=10
@@ -112,7 +113,7 @@ else
     break_even=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 1 --tiles 2 --tiles 4 --batch 1 --batch 8 --mixed 8)
     overhead=(--size 30b --rounds 10 --steps 3)
 fi
-mkdir -p "$OUT"
+mkdir -p "$OUT" || exit 2
 # tests spend most of their time compiling: several processes share it, where pytest-xdist is installed
 if [ -z "$DRY_RUN" ] && "$PYTHON" -c "import xdist" 2>/dev/null; then
     tests+=(--numprocesses 8)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from workload import ERROR_BOUND, make_hidden, make_routing, make_weights, reference, routing_logits, worst_row_error
 
 from fastmmoe_kernels.backend import resolve_backend
-from fastmmoe_kernels.experts import tiles
+from fastmmoe_kernels.experts import kernel, tiles
 
 ROWS = (64, 128)
 COPY_BYTES = {"cuda": 2**28, "cpu": 2**20}
@@ -53,8 +53,10 @@ def main(
     """Exit status 1 if a result is wrong, or not the same each time."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape: expected {', '.join(SHAPES)}, got {shape!r}")
+    if device not in COPY_BYTES:
+        raise typer.BadParameter(f"--device: expected {', '.join(COPY_BYTES)}, got {device!r}")
     where, sizes = torch.device(device), SHAPES[shape]
-    dtype = DTYPES[where.type]
+    dtype, target = DTYPES[where.type], kernel.device_target(where)
     weights = make_weights(sizes, dtype, where, seed=0)
     backend = resolve_backend("triton", weights.down)
     result = {"what": "experts, again and again beside copies", **provenance(where), "times": times, "cases": []}
@@ -64,8 +66,11 @@ def main(
         ours, known = our_experts(weights, backend), dict(tiles.MOST_PAIRS)
         # so many rows per tile, whatever the number of pairs
         most = {tile: float("inf") if tile == rows else 0 for tile in tiles.DEFAULT_MOST_PAIRS}
-        tiles.MOST_PAIRS.update(dict.fromkeys([*tiles.TILES, where.type], most))
+        tiles.MOST_PAIRS[target] = most
         try:
+            if tiles.expert_tiles(target, dtype, 1.0, sizes.hidden, sizes.intermediate).block_m != rows:
+                print(f"skipped: {target} has no tile of {rows} rows in {dtype}")
+                continue
             error = worst_row_error(ours(hidden, routing), reference(hidden, weights, routing))
             differing = run_beside_copies(lambda h=hidden, r=routing, o=ours: o(h, r), times, where)
         finally:

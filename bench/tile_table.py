@@ -34,7 +34,8 @@ def find_most_pairs(medians: dict[float, dict[int, float]]) -> dict[int, float]:
         medians: pairs per expert -> rows per tile -> seconds.
 
     Returns:
-        rows per tile -> pairs per expert, rising, the last infinite; between two that were timed, their geometric mean.
+        rows per tile -> pairs per expert, never falling, the last infinite; between two that were timed, their
+        geometric mean.
     """
     pairs = sorted(medians)
     best = [min(medians[p], key=medians[p].get) for p in pairs]
@@ -60,6 +61,9 @@ def replace_row(source: str, target: str, text: str, name: str = "TILES") -> str
     for key, value in zip(table.keys, table.values, strict=True):
         if ast.literal_eval(key) == target:
             first, end = key.lineno - 1, value.end_lineno
+            # what was said of the old row
+            while lines[first - 1].lstrip().startswith("#"):
+                first -= 1
             break
     else:
         # before the line of the closing brace

@@ -36,7 +36,7 @@ from workload import make_hidden, make_routing, make_weights, routing_logits
 
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.experts import kernel, tiles
-from fastmmoe_kernels.experts.tiles import ExpertTiles, GemmTile, expert_tiles, shared_memory
+from fastmmoe_kernels.experts.tiles import ExpertTiles, GemmTile, shared_memory
 from fastmmoe_kernels.interpreter import mend_interpreter
 
 SHAPES = {
@@ -90,7 +90,7 @@ class Inputs:
 
 
 def table_tiles(target: str, dtype: torch.dtype, block_m: int, shape: ExpertsShape) -> ExpertTiles:
-    return expert_tiles(target, dtype, tiles.most_pairs(target)[block_m], shape.hidden, shape.intermediate)
+    return tiles.tiles_of_rows(target, dtype, block_m, shape.hidden, shape.intermediate)
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
@@ -284,10 +284,10 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; may be repeated.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows per tile to tune; may be repeated.")] = None,
     passes: Annotated[int, typer.Option(min=1, help="Steps away from the table's row.")] = 2,
-    candidates: Annotated[int | None, typer.Option(help="At most so many candidates per kernel and pass.")] = None,
-    rounds: Annotated[int, typer.Option(help="Times each candidate runs; the median counts.")] = 15,
+    candidates: Annotated[int | None, typer.Option(min=1, help="At most so many per kernel and pass.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each candidate runs; the median counts.")] = 15,
     budget: Annotated[float, typer.Option(help="Seconds; then nothing else is compiled, no other pass begins.")] = 90,
-    workers: Annotated[int, typer.Option(help="Processes that compile.")] = min(16, os.cpu_count() or 1),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = min(16, os.cpu_count() or 1),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all timings to this file.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Put the row into fastmmoe_kernels/experts/tiles.py.")] = False,
 ) -> None:
@@ -296,6 +296,10 @@ def main(
     where = torch.device(device)
     if write and where.type != "cuda":
         raise typer.BadParameter(f"--write: expected --device cuda, got {device}")
+    if unknown := [name for name in shape or () if name not in SHAPES]:
+        raise typer.BadParameter(f"--shape: expected {', '.join(SHAPES)}, got {unknown[0]!r}")
+    if unknown := [number for number in rows or () if number not in PAIRS_PER_EXPERT]:
+        raise typer.BadParameter(f"--rows: expected {', '.join(map(str, PAIRS_PER_EXPERT))}, got {unknown[0]}")
     resolve_backend("triton", torch.empty(0, device=where))
     if where.type == "cpu":
         mend_interpreter()

@@ -239,6 +239,16 @@ def compare_all(
     return improvements, sorted(baseline.keys() - names - set(_not_asked_for(baseline, targets, kernels)))
 
 
+def accept(
+    records: list[dict], baseline: dict[str, dict[str, float]], targets: list[str], kernels: str
+) -> dict[str, dict[str, float]]:
+    """The baseline with the records' figures; what was not asked for, or does not compile, keeps its own."""
+    gemms = {configuration_name(record): record for record in records if record["is_gemm"]}
+    new = {name: _figures(record) for name, record in gemms.items() if record["registers"] is not None}
+    kept = {*_not_asked_for(baseline, targets, kernels), *gemms}
+    return {name: figures for name, figures in baseline.items() if name in kept} | new
+
+
 def _not_asked_for(baseline: dict[str, dict[str, float]], targets: list[str], kernels: str) -> list[str]:
     """Configurations of other targets and kernels than these."""
     asked = [(name, *name.split()[:2]) for name in baseline]
@@ -282,17 +292,27 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--targets: unknown {', '.join(map(repr, unknown))}; known are {', '.join(SHARED_LIMIT)}")
     if not TRITON_INSTALLED:
         parser.error("Triton is not installed (pip install 'fastmmoe[triton]')")
+    import triton
+
+    # what can be refused is, before minutes of compilation
+    try:
+        baseline = read_baseline(triton.__version__)
+    except ValueError as error:
+        if not args.write_baseline:
+            parser.error(str(error))
+        baseline = None
+    if args.json:
+        try:
+            open(args.json, "a", encoding="utf-8").close()
+        except OSError as error:
+            parser.error(f"--json: {args.json}: {error.strerror}")
     records = compile_all(targets, args.kernels)
     if not records:
         parser.error(f"--kernels: no kernel's name contains {args.kernels!r}")
-    import triton
-
-    baseline = read_baseline(triton.__version__)
     improvements, stale = [], []
     if args.write_baseline:
-        kept = {name: baseline[name] for name in _not_asked_for(baseline or {}, targets, args.kernels)}
-        new = {configuration_name(r): _figures(r) for r in records if r["is_gemm"] and r["registers"] is not None}
-        print(f"wrote {write_baseline(triton.__version__, kept | new)}")
+        accepted = accept(records, baseline or {}, targets, args.kernels)
+        print(f"wrote {write_baseline(triton.__version__, accepted)}")
     elif baseline is None:
         print(f"Triton {triton.__version__} has no baseline: figures are not compared")
     else:

@@ -26,9 +26,22 @@ def baseline_path(version: str) -> Path:
 
 
 def read_baseline(version: str) -> dict[str, dict[str, float]] | None:
-    """Configuration -> its figures; None for a version without a file."""
+    """Configuration -> its figures; None for a version without a file.
+
+    Raises:
+        ValueError: a file that holds something else.
+    """
     path = baseline_path(version)
-    return json.loads(path.read_text(encoding="utf-8"))["configurations"] if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}; write it anew with --write-baseline") from None
+    configurations = found.get("configurations") if isinstance(found, dict) else None
+    if not isinstance(configurations, dict):
+        raise ValueError(f"{path}: expected an object of configurations; write it anew with --write-baseline")
+    return configurations
 
 
 def write_baseline(version: str, configurations: dict[str, dict[str, float]]) -> Path:

@@ -49,7 +49,7 @@ from workload import make_hidden, make_routing, make_weights, reference, routing
 from fastmmoe import FastMMoEConfig, flops, prefill_time
 from fastmmoe.cost.devices import Ceilings
 from fastmmoe_kernels.experts import kernel, tiles
-from fastmmoe_kernels.experts.tiles import GemmTile
+from fastmmoe_kernels.experts.tiles import ExpertTiles, GemmTile
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -459,6 +459,20 @@ def test_tuner_on_cpu(tmp_path):
     assert result["row"][0].startswith('    "cpu": {  # tuned on ') and "\n".join(result["row"]) in done.stdout
 
 
+@pytest.mark.parametrize(("option", "value"), [("shape", "foo"), ("rows", 17)])
+def test_tuner_refuses_what_it_does_not_know(option, value):
+    with pytest.raises(typer.BadParameter, match=f"--{option}: expected .*, got .?{value}"):
+        tune_experts.main(**{option: [value]})
+
+
+def test_tuner_starts_from_the_tables_tiles_of_so_many_rows(monkeypatch):
+    """Also where the bounds of two numbers of rows are equal, so that one of them is never used."""
+    monkeypatch.setitem(tiles.MOST_PAIRS, "sm_90", {16: 16, 32: 16, 64: 78, 128: math.inf})
+    for rows, (gate_up, down) in tiles.TILES["sm_90"].items():
+        found = tune_experts.table_tiles("sm_90", torch.bfloat16, rows, tune_experts.SHAPES["A"])
+        assert found == ExpertTiles(rows, gate_up, down)
+
+
 def test_tuner_writes_only_what_a_gpu_found():
     with pytest.raises(typer.BadParameter, match="--write: expected --device cuda, got cpu"):
         tune_experts.main(device="cpu", write=True)
@@ -498,6 +512,7 @@ def test_most_pairs_are_rewritten(target):
     scope = {"__name__": "tiles", "__annotations__": {}}
     exec(compile(ast.parse(changed), "tiles.py", "exec"), scope)
     assert scope["MOST_PAIRS"] == tiles.MOST_PAIRS | {target: most}
+    assert target not in tiles.MOST_PAIRS or "# estimated" not in changed
     assert {name: repr(row) for name, row in scope["TILES"].items()} == {n: repr(r) for n, r in tiles.TILES.items()}
 
 
@@ -963,6 +978,15 @@ def test_gpu_script_interrupts_a_step_that_is_late(tmp_path):
     assert done.returncode == 1 and "one test failed" in done.stdout and "FAILED prefill: status 124" in done.stdout
     assert "one test failed" in (tmp_path / "out" / "log.txt").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.txt", "overhead.json"}
+
+
+def test_gpu_script_refuses_what_it_cannot_use(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    done = run_gpu_script(tmp_path, FAKE_PYTHON, "stress")
+    assert done.returncode == 2 and "==" not in done.stdout
+    command = [ROOT / "bench" / "gpu.sh"]
+    done = subprocess.run(command, env=os.environ | {"LIMIT": "abc"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "LIMIT: expected seconds, got abc" in done.stdout
 
 
 def test_gpu_script_keeps_to_its_limit(tmp_path):

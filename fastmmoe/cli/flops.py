@@ -6,6 +6,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Annotated
 
+from rich.markup import escape
 from rich.table import Table
 
 import fastmmoe
@@ -49,7 +50,7 @@ def flops(
         print_json({**question, **asdict(report)})
         return
     unit, name = (1e12, "TFLOPs") if report.dense >= 1e12 else (1e9, "GFLOPs")
-    table = Table("layers", title=f"{model}: prefill of {text:,} text and {vision:,} vision tokens, in {name}")
+    table = Table("layers", title=f"{escape(model)}: prefill of {text:,} text and {vision:,} vision tokens, in {name}")
     for column in ("attention tokens", "MoE tokens", "dense", "FastMMoE", "saved"):
         table.add_column(column, justify="right")
     for _, group in groupby(report.per_layer, lambda row: (row.attention_tokens, row.moe_tokens, row.reduced)):

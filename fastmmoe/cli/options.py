@@ -85,7 +85,7 @@ def read_device(name: str) -> torch.device:
 
 def check_output(output: Path) -> None:
     """Check that a picture can be written there."""
-    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+    if output.suffix.lower() != ".png" or not output.parent.is_dir() or output.is_dir():
         fail(f"--output {output}: expected a .png file in a directory that exists")
 
 

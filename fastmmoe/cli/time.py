@@ -52,7 +52,7 @@ def time(
     device: Annotated[str, typer.Option(help=DEVICE)] = "h100",
     text: Text = 100,
     vision: Vision = 1792,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts of this size in the batch.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Prompts of this size in the batch.")] = 1,
     vision_top_k: Annotated[int | None, vision_top_k_option("the model's")] = None,
     reduction_layer: ReductionLayer = 2,
     prune_layers: Annotated[str | None, prune_layers_option("none")] = None,
@@ -82,7 +82,7 @@ def time(
         )
         return
     title = f"{model} on {ceilings.name}: prefill of {batch} x ({text:,} text and {vision:,} vision tokens), in ms"
-    console.print(layer_table(report, title))
+    console.print(layer_table(report, escape(title)))
     console.print(sentence(report.speedup, outcome), soft_wrap=True, highlight=False)
     console.print(sweep_table(found, text))
     if output:

@@ -38,8 +38,9 @@ class Ceilings:
         for field in ("flops", "bytes", "launch"):
             value = getattr(self, field)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and field != "launch"):
-                raise ValueError(f"{field}: expected a positive number, got {value!r}")
+            least = 0 if field == "launch" else 1
+            if not is_number or not math.isfinite(value) or value < least:
+                raise ValueError(f"{field}: expected a number >= {least}, got {value!r}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype: expected one of torch's such as bfloat16, got {self.dtype!r}")
 

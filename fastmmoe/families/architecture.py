@@ -157,6 +157,8 @@ class Architecture:
                 f"text_config: {kind} has no experts known here, expected num_experts, num_experts_per_tok and "
                 f"moe_intermediate_size, got {num_experts}, {top_k} and {width}"
             )
+        if top_k > num_experts:
+            raise ValueError(f"text_config: {kind} has {top_k} experts per token, expected at most its {num_experts}")
         dense, layers = dense_layers(config), []
         for layer in range(config.num_hidden_layers):
             of_layer = _of_layer(config, layer)

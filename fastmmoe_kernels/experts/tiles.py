@@ -113,7 +113,7 @@ def expert_tiles(
     by_rows, most = _rows(target, dtype), most_pairs(target)
     fitting = [rows for rows in by_rows if pairs_per_expert <= most[rows]]
     block_m = min(fitting, default=max(by_rows))
-    return _tiles(target, dtype, block_m, hidden, intermediate, has_gate)
+    return tiles_of_rows(target, dtype, block_m, hidden, intermediate, has_gate)
 
 
 def most_pairs(target: str) -> dict[int, float]:
@@ -126,10 +126,10 @@ def _rows(target: str, dtype: torch.dtype) -> dict[int, tuple[GemmTile, GemmTile
 
 
 @cache
-def _tiles(
-    target: str, dtype: torch.dtype, block_m: int, hidden: int, intermediate: int, has_gate: bool
+def tiles_of_rows(
+    target: str, dtype: torch.dtype, block_m: int, hidden: int, intermediate: int, has_gate: bool = True
 ) -> ExpertTiles:
-    """The row's tiles, as large as matrices and memory allow."""
+    """The table's tiles of so many rows, as large as matrices and memory allow."""
     gate_up, down = _rows(target, dtype)[block_m]
     gate_up, operands = (gate_up, 2) if has_gate else (down, 1)
     return ExpertTiles(

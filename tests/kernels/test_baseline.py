@@ -3,7 +3,7 @@
 import pytest
 
 from fastmmoe_kernels import baseline
-from fastmmoe_kernels.aot import SHARED_LIMIT, compare_all, configuration_name, shipped_variants
+from fastmmoe_kernels.aot import SHARED_LIMIT, accept, compare_all, configuration_name, shipped_variants
 
 ACCEPTED = {"instructions": 112.0, "registers": 172, "shared_bytes": 196608, "wgmma": 8, "wgmma_in_flight": 2}
 
@@ -75,6 +75,24 @@ def test_missing_stale_and_other_configurations():
     assert [r["problems"] for r in records] == [
         [], ["60 -> 64 registers (+7 %)"], [], ["no baseline; run with --write-baseline"], [], [],
     ]  # fmt: skip
+
+
+def test_what_does_not_compile_keeps_its_figures():
+    fine, broken = record("gemm", "sm_90", M=1), record("gemm", "sm_90", registers=None, M=2)
+    gone, unasked = (configuration_name(record(*where, M=9)) for where in (("gemm", "sm_90"), ("gemm", "sm_80")))
+    old = dict.fromkeys((configuration_name(fine), configuration_name(broken), gone, unasked), {"registers": 1})
+    accepted = accept([fine, broken], old, ["sm_90"], "gem")
+    assert accepted.keys() == old.keys() - {gone}
+    assert accepted[configuration_name(broken)] == accepted[unasked] == {"registers": 1}
+    assert accepted[configuration_name(fine)]["registers"] == 64
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"configurations": []}'])
+def test_a_baseline_that_is_none_is_named(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(baseline, "FOLDER", tmp_path)
+    baseline.baseline_path("3.7.1").write_text(text)
+    with pytest.raises(ValueError, match=r"triton-3\.7\.json: .* write it anew with --write-baseline"):
+        baseline.read_baseline("3.7.1")
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])

@@ -342,9 +342,10 @@ def test_a_file_of_measured_ceilings(tmp_path):
         ("no json", "is not JSON"),
         ("[1]", "expected the fields name, flops, bytes, launch, dtype, source, got list"),
         ({"name": "x"}, "expected the fields name, flops"),
-        ({"flops": 0}, "flops: expected a positive number, got 0"),
-        ({"bytes": "fast"}, "bytes: expected a positive number, got 'fast'"),
-        ({"launch": -1.0}, "launch: expected a positive number, got -1.0"),
+        ({"flops": 0}, "flops: expected a number >= 1, got 0"),
+        ({"bytes": 1e-320}, "bytes: expected a number >= 1, got 1e-320"),
+        ({"bytes": "fast"}, "bytes: expected a number >= 1, got 'fast'"),
+        ({"launch": -1.0}, "launch: expected a number >= 0, got -1.0"),
         ({"dtype": "bf16"}, "dtype: expected one of torch's such as bfloat16, got 'bf16'"),
         ({"source": 5}, "source: expected words, got 5"),
     ],
@@ -511,6 +512,27 @@ def test_the_command_refuses_before_any_work(monkeypatch, options, says):
 
     monkeypatch.setattr(devices, "_measure_cpu", no_work)
     assert says in refused("time", INTERNVL, *options)
+
+
+def test_names_are_not_read_as_markup(tmp_path):
+    device, model = tmp_path / "mine.json", tmp_path / "m[v1][" / "b]"
+    device.write_text(json.dumps(asdict(replace(DEVICES["h100"], name="[red]x[/foo]", source="[/b]"))))
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(tiny_internvl().config.to_json_string())
+    out = "".join(succeed("time", model, "--device", device).split())
+    assert "[red]x[/foo]" in out and "m[v1][/b]" in out
+    assert "m[v1][/b]" in "".join(succeed("flops", model).split())
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    (tmp_path / "time.png").mkdir()
+    assert "expected a .png file" in refused("time", INTERNVL, "--output", tmp_path / "time.png")
+
+
+def test_more_experts_per_token_than_there_are():
+    sizes = dict(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, moe_intermediate_size=4)
+    with pytest.raises(ValueError, match="20 experts per token, expected at most its 8"):
+        Architecture.of(num_experts=8, num_experts_per_tok=20, **sizes)
 
 
 def test_figures_of_the_readme():
