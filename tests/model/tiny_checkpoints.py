@@ -251,8 +251,13 @@ CHECKPOINTS["qwen3_5_moe"] = CHECKPOINTS["qwen3_vl_moe"]  # the same files
 NEED_TORCHVISION = ("kimi_k25", "mistral3_mistral4")
 
 
-def build_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> nn.Module:
-    """The tiny model of that family, with the tokenizer's vocabulary."""
+Sizes = dict[str, dict[str, object]]
+
+
+def build_model(
+    name: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, sizes: Sizes | None = None
+) -> nn.Module:
+    """The tiny model of that family, with the tokenizer's vocabulary; `sizes` has other values by part of its config."""
     files = CHECKPOINTS[name]
     config = tiny_families.FAMILIES[name](seed)[0].config
     config.text_config.vocab_size = len(tokenizer)
@@ -260,6 +265,9 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
         setattr(config, attribute, tokenizer.convert_tokens_to_ids(token))
     if files.layers is not None:
         config.text_config.num_hidden_layers = files.layers
+    for part, values in (sizes or {}).items():
+        for attribute, value in values.items():
+            setattr(getattr(config, part), attribute, value)
     end = tokenizer.convert_tokens_to_ids(files.special[0])
     config.text_config.eos_token_id, config.text_config.pad_token_id = end, None
     model = AutoModelForImageTextToText.from_config(config).eval()
@@ -268,13 +276,13 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
     return model
 
 
-def save(name: str, directory: Path, seed: int = 0) -> Path:
-    """Write a checkpoint; `name` as in `tiny_families.FAMILIES`."""
+def save(name: str, directory: Path, seed: int = 0, sizes: Sizes | None = None) -> Path:
+    """Write a checkpoint; `name` as in `tiny_families.FAMILIES`, `sizes` as in `build_model`."""
     files = CHECKPOINTS[name]
     directory.mkdir(parents=True, exist_ok=True)
     named = {"extra_special_tokens": files.named} if files.named else {}
     tokenizer = build_tokenizer(files.special, files.template, eos_token=files.special[0], **named)
-    build_model(name, tokenizer, seed).save_pretrained(directory)
+    build_model(name, tokenizer, seed, sizes).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     written = {
         "preprocessor_config.json": files.image,

@@ -1,0 +1,134 @@
+"""Fewer experts for vision tokens behind vLLM's MoE layers (method section 1): the choice, and the experts that run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from fastmmoe.engines.vllm.prefill import Tokens
+from fastmmoe_kernels import moe_experts, topk_routing
+
+
+class VisionRouter(FusedMoERouter):
+    """Chooses fewer experts for vision tokens while `tokens` says which these are; else the stock router.
+
+    Inactive slots hold E, the number of experts: for `VisionExperts` alone.
+    """
+
+    def __init__(
+        self,
+        stock: FusedMoERouter,
+        tokens: Callable[[], Tokens | None],
+        vision_top_k: int,
+        routing: Mapping[str, Any],
+        backend: str,
+    ):
+        super().__init__(stock.eplb_state)
+        self.stock, self._tokens = stock, tokens
+        self._options = {"vision_top_k": vision_top_k, "backend": backend, **routing}
+
+    def set_capture_fn(self, capture_fn: Callable[[torch.Tensor], None] | None) -> None:
+        self.stock.set_capture_fn(capture_fn)
+
+    @property
+    def routing_method_type(self) -> Any:
+        return self.stock.routing_method_type
+
+    def _select_experts(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        topk_indices_dtype: torch.dtype | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self._tokens()
+        if tokens is None or not tokens.n_vision:
+            return self.stock._select_experts(hidden_states, router_logits, topk_indices_dtype, input_ids=input_ids)
+        routing = topk_routing(router_logits, vision_mask=tokens.vision, **self._options)
+        return routing.weights, routing.ids
+
+
+class VisionExperts:
+    """Runs the experts of `VisionRouter`'s choice in place of a layer's `forward_modular`; nothing in empty slots."""
+
+    def __init__(
+        self, runner: MoERunner, tokens: Callable[[], Tokens | None], vision_top_k: int, top_k: int, backend: str
+    ):
+        self._experts, self._stock = runner.routed_experts, runner.routed_experts.forward_modular
+        self._tokens, self._vision_top_k, self._top_k, self._backend = tokens, vision_top_k, top_k, backend
+
+    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, **shared: Any) -> Any:
+        tokens = self._tokens()
+        if tokens is None or not tokens.n_vision:
+            return self._stock(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **shared)
+        if x.device.type == "cpu":
+            return self._by_kind(tokens, x, topk_weights, topk_ids, **shared)
+        experts, others = self._experts, len(x) - tokens.n_vision
+        return moe_experts(
+            x,
+            experts.w13_weight,
+            experts.w2_weight,
+            topk_ids,
+            topk_weights,
+            max_pairs=tokens.n_vision * self._vision_top_k + others * self._top_k,
+            backend=self._backend,
+        )
+
+    def _by_kind(
+        self, tokens: Tokens, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, **shared: Any
+    ) -> torch.Tensor:
+        """By the CPU's kernel, whose weights lie in an order of its own: vision tokens in fewer slots, then others."""
+        output = torch.empty_like(x)
+        for rows, top_k in ((tokens.vision, self._vision_top_k), (~tokens.vision, self._top_k)):
+            at = rows.nonzero().flatten()
+            if len(at):
+                part = self._stock(
+                    x=x[at],
+                    topk_weights=weights[at, :top_k].contiguous(),
+                    topk_ids=ids[at, :top_k].contiguous(),
+                    **shared,
+                )
+                output.index_copy_(0, at, part)
+        return output
+
+
+def reduce_experts(
+    runner: MoERunner,
+    tokens: Callable[[], Tokens | None],
+    vision_top_k: int,
+    routing: Mapping[str, Any],
+    backend: str,
+) -> None:
+    """Give vision tokens fewer experts in one MoE layer.
+
+    Raises:
+        ValueError: experts whose kernel or weights are not known here.
+    """
+    obstacle = _obstacle(runner)
+    if obstacle:
+        raise ValueError(f"vision_top_k={vision_top_k}: {runner.layer_name} is not supported: {obstacle}")
+    top_k = routing["top_k"]
+    # compiled code of a CPU would look into the router at the time of its compilation
+    shared = runner._shared_experts is not None
+    runner._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
+    runner.router = VisionRouter(runner.router, tokens, vision_top_k, routing, backend)
+    runner.routed_experts.forward_modular = VisionExperts(runner, tokens, vision_top_k, top_k, backend)
+
+
+def _obstacle(runner: MoERunner) -> str:
+    experts, method = runner.routed_experts, runner.routed_experts.quant_method
+    if not isinstance(method, UnquantizedFusedMoEMethod):
+        return f"its experts are quantized ({type(method).__name__}); leave vision_top_k at null"
+    if method.unquantized_backend not in (UnquantizedMoeBackend.TRITON, UnquantizedMoeBackend.CPU):
+        return f"its experts run on {method.unquantized_backend.value}, expected --moe-backend triton"
+    if method.is_monolithic:
+        return "its kernel chooses experts by itself"
+    if experts.activation != MoEActivation.SILU or method.moe.has_bias or experts.apply_router_weight_on_input:
+        return f"its experts have another form than silu(gate) * up without biases ({experts.activation.value})"
+    return ""

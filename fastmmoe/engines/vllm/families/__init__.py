@@ -1,0 +1,6 @@
+"""Model families as vLLM has them, one file each: architecture -> the class that takes its place."""
+
+FAMILIES = {
+    "Qwen3VLMoeForConditionalGeneration": f"{__name__}.qwen3_vl_moe:ReducedQwen3VLMoe",
+    "InternVLForConditionalGeneration": f"{__name__}.internvl:ReducedInternVL",
+}

@@ -1,0 +1,104 @@
+"""What a server was asked to reduce: `--additional-config '{"fastmmoe": {...}}'`, checked before anything is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.config import CUDAGraphMode, VllmConfig
+
+from fastmmoe.engines.vllm.plan import Rules
+from fastmmoe.families import find_preset
+from fastmmoe.methods import FastMMoEConfig
+
+KEY = "fastmmoe"
+SCHEDULER = "fastmmoe.engines.vllm.scheduler.image_scheduler"
+
+
+def read_config(vllm_config: VllmConfig) -> FastMMoEConfig | None:
+    """The config that `additional_config` asks for, fit to the model; None without one.
+
+    Every entry is a field of `FastMMoEConfig` in place of its value in the model's preset.
+
+    Raises:
+        TypeError, ValueError: an entry that is none, or settings that do not fit the model.
+    """
+    given = vllm_config.additional_config
+    if not isinstance(given, Mapping) or given.get(KEY) is None:
+        return None
+    values = given[KEY]
+    if not isinstance(values, Mapping):
+        raise TypeError(f"additional_config[{KEY!r}]: expected an object of fields of FastMMoEConfig, got {values!r}")
+    try:
+        return FastMMoEConfig.preset(vllm_config.model_config.hf_config, **values)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise ValueError(f"additional_config[{KEY!r}]: {error}") from error
+        raise
+
+
+def rules_of(vllm_config: VllmConfig) -> Rules | None:
+    """The rules of this server; None where nothing is reduced."""
+    config = read_config(vllm_config)
+    if config is None:
+        return None
+    scheduler = vllm_config.scheduler_config
+    budget = min(scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens)
+    # every other request may take a token of the step that runs a prompt
+    longest = budget - scheduler.max_num_seqs + 1
+    return Rules(config, min(longest, scheduler.long_prefill_token_threshold or longest))
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuse what is not known to be right, at start-up, and put the scheduler in that keeps image prompts whole.
+
+    Raises:
+        ValueError: an option that cannot be combined; names it and what to set.
+    """
+    config = read_config(vllm_config)
+    if config is None:
+        return
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    compilation, cache = vllm_config.compilation_config, vllm_config.cache_config
+    reduces = config.vision_top_k is not None
+    obstacles = {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--data-parallel-size": parallel.data_parallel_size > 1,
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--enable-eplb": parallel.enable_eplb,
+        "--decode-context-parallel-size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--enable-dbo": parallel.enable_dbo,
+        "--enable-lora": vllm_config.lora_config is not None,
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--ec-transfer-config": vllm_config.ec_transfer_config is not None,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "--quantization": vllm_config.model_config.quantization is not None and reduces,
+        "--enable-prompt-embeds": vllm_config.model_config.enable_prompt_embeds,
+        "--video-pruning-rate": bool(getattr(vllm_config.model_config.multimodal_config, "video_pruning_rate", None)),
+    }
+    refused = [name for name, stands in obstacles.items() if stands]
+    if refused:
+        raise ValueError(f"additional_config[{KEY!r}]: not supported with {', '.join(refused)}; leave it out")
+    if compilation.cudagraph_mode is not None and compilation.cudagraph_mode == CUDAGraphMode.FULL:
+        raise ValueError(
+            f"additional_config[{KEY!r}]: not supported with cudagraph_mode FULL, whose graphs hold prefills; expected "
+            "FULL_AND_PIECEWISE, FULL_DECODE_ONLY, PIECEWISE or NONE"
+        )
+    family, text_config = find_preset(vllm_config.model_config.hf_config)
+    for layer in config.prune_layers:
+        if reason := family.why_not_prune(text_config, layer):
+            raise ValueError(f"prune_layers={config.prune_layers}: layer {layer} cannot prune: {reason}")
+    if not config.prune_layers:
+        return
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        raise ValueError(
+            f"additional_config[{KEY!r}]: not supported with scheduler_cls={scheduler.scheduler_cls!r}, which may run "
+            f"image prompts in chunks; leave it out, or give {SCHEDULER}"
+        )
+    rules = rules_of(vllm_config)
+    if rules.longest < 1:
+        raise ValueError(
+            f"max_num_batched_tokens={scheduler.max_num_batched_tokens}: expected more than "
+            f"max_num_seqs={scheduler.max_num_seqs}, or no prompt is sure to be run in one step"
+        )
+    scheduler.scheduler_cls = SCHEDULER
