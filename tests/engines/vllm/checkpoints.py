@@ -1,4 +1,7 @@
-"""Tiny checkpoints that vLLM serves on a CPU: heads of 32, widths by which its kernels divide, the hub's weight order."""
+"""Tiny checkpoints that vLLM serves on a CPU: heads of 32, widths by which its kernels divide, the hub's weight order.
+
+No matrix of experts is square: its order could not be told.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from tests.model import tiny_checkpoints
 
 TEXT = dict(
     hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=8, intermediate_size=64,
-    moe_intermediate_size=32, num_experts=8, num_experts_per_tok=4, norm_topk_prob=True, max_position_embeddings=1024,
+    moe_intermediate_size=96, num_experts=8, num_experts_per_tok=4, norm_topk_prob=True, max_position_embeddings=1024,
 )  # fmt: skip
 SIZES = {
     "qwen3_vl_moe": {

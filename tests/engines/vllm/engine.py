@@ -1,0 +1,117 @@
+"""An engine of vLLM's in a process of its own: reads what to run as JSON from a file, writes what came out.
+
+    python -m tests.engines.vllm.engine SPEC RESULT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    spec, result = (Path(argument) for argument in sys.argv[1:3])
+    wanted = json.loads(spec.read_text())
+    result.write_text(json.dumps(run(**wanted)))
+
+
+def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]], mutation: str = "") -> dict[str, Any]:
+    """
+    Args:
+        directory: of the checkpoint.
+        options: of `vllm.LLM`.
+        schedules: each `names` of cases, and `every`: a request arrives every so many steps; 0: all at once, None: each
+            once the one before is done.
+        mutation: name of one in `mutations.py`, to be made first.
+
+    Returns:
+        `answers`: by schedule, [case, tokens] in the order of arrival; `survivors`: of requests that ran alone, by case
+        and stage the positions left; `preempted`: how many times; `dense`: prompts by why they were not pruned.
+    """
+    from vllm import LLM
+
+    from tests.engines.vllm import mutations
+    from tests.engines.vllm.prompts import Prompts
+
+    if mutation:
+        mutations.MUTATIONS[mutation]()
+    llm = LLM(directory, dtype="float32", seed=0, disable_log_stats=False, **options)
+    seen = record_survivors()
+    prompts = Prompts(Path(directory))
+    answers, survivors = [], {}
+    for schedule in schedules:
+        answers.append(list(answer(llm.llm_engine, prompts, seen, survivors, **schedule)))
+    metrics = {m.name: m for m in llm.get_metrics()}
+    return {
+        "answers": answers,
+        "survivors": survivors,
+        "preempted": metrics["vllm:num_preemptions"].value,
+        "prefix_hits": metrics["vllm:prefix_cache_hits"].value,
+        "counts": prometheus(),
+    }
+
+
+def answer(
+    engine: Any, prompts: Any, seen: list, survivors: dict, names: list[str], every: int | None = 0
+) -> Iterator[tuple[str, list[int]]]:
+    from vllm import SamplingParams
+
+    from tests.engines.vllm.prompts import CASES
+
+    waiting = list(enumerate(names))
+    done: dict[str, list[int]] = {}
+    steps = 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and (
+            every == 0 or (every is None and not engine.has_unfinished_requests()) or (every and steps % every == 0)
+        ):
+            number, name = waiting.pop(0)
+            case = CASES[name]
+            params = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=not case.stops)
+            engine.add_request(str(number), prompts.request(case), params)
+            seen.clear()
+            if every:
+                break
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = list(output.outputs[0].token_ids)
+                if every is None:
+                    survivors[names[int(output.request_id)]] = [list(stage) for stage in seen]
+        steps += 1
+    for number, name in enumerate(names):
+        yield name, done[str(number)]
+
+
+def record_survivors() -> list:
+    """A list to which every prune stage adds the positions that are left, of a step of one request."""
+    from fastmmoe.engines.vllm import model
+
+    seen: list = []
+    stock = model.prune_layer
+
+    def prune_layer(tokens, *args):
+        out = stock(tokens, *args)
+        if len(tokens.step.rows) == 1 and tokens.step.prunes:
+            seen.append(tokens.origin.tolist())
+        return out
+
+    model.prune_layer = prune_layer
+    return seen
+
+
+def prometheus() -> dict[str, float]:
+    from prometheus_client import REGISTRY
+
+    return {
+        f"{sample.name}{'/' + sample.labels['reason'] if 'reason' in sample.labels else ''}": sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name.startswith("fastmmoe:") and sample.name.endswith("_total")
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The prompts that are compared: what users send, and what a server's bookkeeping may get wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoProcessor
+
+Size = tuple[int, int]  # of an image in pixels, width and height
+
+TOKEN = 8  # pixels
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """Noise over a coarse pattern: neighbours are alike, but not the same."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (-(-height // 32), -(-width // 32), 3), dtype=np.uint8)
+    pixels = coarse.repeat(32, 0).repeat(32, 1)[:height, :width].astype(int)
+    return Image.fromarray((pixels * 3 // 4 + rng.integers(0, 64, pixels.shape)).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A turn of a conversation.
+
+    Attributes:
+        parts: texts and images' sizes, in order.
+        new_tokens: how many to generate.
+        stops: whether the end of a turn ends it earlier.
+    """
+
+    parts: tuple[str | Size, ...]
+    new_tokens: int = 12
+    stops: bool = False
+
+    @property
+    def sizes(self) -> list[Size]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [picture(*size, seed=number) for number, size in enumerate(self.sizes)]
+
+    def messages(self) -> list[dict[str, Any]]:
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.parts
+        ]
+        return [{"role": "user", "content": content}]
+
+
+SMALL, MIDDLE, BIG, TINY = (96, 64), (128, 96), (160, 128), (32, 16)
+CASES = {
+    "text": Case(("What is in this picture?",), 14),
+    "one image": Case((MIDDLE, "What is in this picture?"), 20),
+    "two images": Case((SMALL, "The picture shows a cat.", MIDDLE, "Describe it in one sentence."), 16),
+    "adjoining images": Case((SMALL, TINY, SMALL, "What is it?"), 12),
+    "short answer": Case(("Look at", SMALL, "a red square?"), 3),
+    "big image": Case((BIG, "Describe the photograph in one sentence."), 30),
+    "long text": Case(("The red square moves from left to right. " * 20, SMALL, "What happens?" * 4), 12),
+    "tiny image": Case(("What is this?", TINY, "And what is it not?"), 12),
+    "long question": Case((MIDDLE, "Describe the picture, all that there is to see in it. " * 12), 8),
+    "until the end": Case((SMALL, "Say no more."), 40, stops=True),
+}
+
+
+@dataclass
+class Prompts:
+    """The cases as texts of one checkpoint, as its chat template has them."""
+
+    directory: Path
+    processor: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.processor = AutoProcessor.from_pretrained(self.directory)
+
+    def text(self, case: Case) -> str:
+        return self.processor.apply_chat_template(case.messages(), add_generation_prompt=True, tokenize=False)
+
+    def inputs(self, case: Case) -> dict[str, Any]:
+        """What a model of transformers takes."""
+        images = {"images": case.images} if case.sizes else {}
+        return self.processor(text=[self.text(case)], return_tensors="pt", **images)
+
+    def request(self, case: Case) -> dict[str, Any]:
+        """What vLLM takes."""
+        images = {"multi_modal_data": {"image": case.images}} if case.sizes else {}
+        return {"prompt": self.text(case), **images}
