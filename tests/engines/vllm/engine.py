@@ -33,12 +33,15 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
     """
     from vllm import LLM
 
+    from fastmmoe.engines.vllm.metrics import FastMMoEStatLogger
     from tests.engines.vllm import mutations
     from tests.engines.vllm.prompts import Prompts
 
     if mutation:
         mutations.MUTATIONS[mutation]()
     llm = LLM(directory, dtype="float32", seed=0, disable_log_stats=False, **options)
+    # a server finds it by its entry point
+    llm.llm_engine.logger_manager.stat_loggers.append(FastMMoEStatLogger(llm.llm_engine.vllm_config, [0]))
     seen = record_survivors()
     prompts = Prompts(Path(directory))
     answers, survivors = [], {}

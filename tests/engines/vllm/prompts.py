@@ -53,6 +53,7 @@ class Case:
 
 
 SMALL, MIDDLE, BIG, TINY = (96, 64), (128, 96), (160, 128), (32, 16)
+LONG = "The red square moves from left to right. " * 20
 CASES = {
     "text": Case(("What is in this picture?",), 14),
     "one image": Case((MIDDLE, "What is in this picture?"), 20),
@@ -60,7 +61,9 @@ CASES = {
     "adjoining images": Case((SMALL, TINY, SMALL, "What is it?"), 12),
     "short answer": Case(("Look at", SMALL, "a red square?"), 3),
     "big image": Case((BIG, "Describe the photograph in one sentence."), 30),
-    "long text": Case(("The red square moves from left to right. " * 20, SMALL, "What happens?" * 4), 12),
+    "long text": Case((LONG, SMALL, "What happens?" * 4), 12),
+    "long text, another question": Case((LONG, SMALL, "Describe the picture."), 12),
+    "long text alone": Case((LONG + "Describe the picture.",), 12),
     "tiny image": Case(("What is this?", TINY, "And what is it not?"), 12),
     "long question": Case((MIDDLE, "Describe the picture, all that there is to see in it. " * 12), 8),
     "until the end": Case((SMALL, "Say no more."), 40, stops=True),

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from .prompts import CASES
+from .prompts import CASES, Prompts
 from .reference import answer
 
 ALONE = {"names": list(CASES), "every": None}
@@ -21,29 +21,94 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def check(result, directory, reduction, schedules):
-    """All answers equal; how many differ from the dense ones."""
+def check(result, directory, reduction, schedules, dense=()):
+    """All answers equal, of cases in `dense` those without pruning; how many differ from the stock model's."""
+    unpruned = {name: value for name, value in reduction.items() if name in ("vision_top_k", "reduction_layer")}
+    expected = {name: answer(directory, name, unpruned if name in dense else reduction)[0] for name in CASES}
     wrong = [
-        (name, tokens, expected)
+        (name, tokens, expected[name])
         for schedule in result["answers"]
         for name, tokens in schedule
-        if tokens != (expected := answer(directory, name, reduction)[0])
+        if tokens != expected[name]
     ]
     assert sum(map(len, result["answers"])) == sum(len(schedule["names"]) for schedule in schedules)
     assert not wrong, f"{len(wrong)} wrong, the first: {wrong[0]}"
-    return sum(answer(directory, name, reduction)[0] != answer(directory, name, None)[0] for name in CASES)
+    return sum(expected[name] != answer(directory, name, None)[0] for name in CASES)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl_qwen3_moe"])
-def test_v1(checkpoint, engine, name, setting):
+def test_continuous_batching(checkpoint, engine, name, setting):
     directory, reduction = checkpoint(name), SETTINGS[setting]
     schedules = [ALONE, *TOGETHER, STAGGERED]
     result = engine(directory, schedules, reduction)
-    changed = check(result, directory, reduction, schedules)
-    assert changed >= 3  # else nothing was reduced
+    assert check(result, directory, reduction, schedules) >= 3  # else nothing was reduced
+    check_survivors(result, directory, reduction)
+    # text in front of an image, and whole texts, are taken from the prefix cache
+    assert result["prefix_hits"] > 0
+
+
+def check_survivors(result, directory, reduction):
     for case in CASES:
         left = answer(directory, case, reduction)[1]
         assert result["survivors"][case] == left, case
         if CASES[case].sizes and "prune_layers" in reduction:
             assert left
+
+
+@pytest.mark.parametrize("setting", ["both", "redundancy"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl_qwen3_moe"])
+def test_v2_runner(checkpoint, engine, name, setting):
+    directory, reduction = checkpoint(name), SETTINGS[setting]
+    schedules = [ALONE, TOGETHER[0], STAGGERED]
+    result = engine(directory, schedules, reduction, runner="V2")
+    assert check(result, directory, reduction, schedules) >= 3
+    check_survivors(result, directory, reduction)
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_preemption(checkpoint, engine, runner):
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+    schedules = [*TOGETHER, STAGGERED]
+    result = engine(
+        directory, schedules, reduction, runner, block_size=32, num_gpu_blocks_override=20, max_model_len=600,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    check(result, directory, reduction, schedules)
+    assert result["preempted"] >= 3
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_chunked_prefill(checkpoint, engine, caching):
+    """Prompts longer than what is sure to be run in one step come in chunks, and are not pruned; all others are."""
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+    schedules = [ALONE, *TOGETHER, STAGGERED]
+    result = engine(
+        directory, schedules, reduction, max_num_batched_tokens=170, max_num_seqs=8, enable_prefix_caching=caching
+    )
+    lengths = {case: len(Prompts(directory).inputs(CASES[case])["input_ids"][0]) for case in CASES}
+    dense = {case for case in CASES if lengths[case] > 163}
+    pruned = {case for case in CASES if CASES[case].sizes} - dense
+    assert {"long text"} <= dense and {"big image", "two images"} <= pruned
+    check(result, directory, reduction, schedules, dense)
+    runs = len(schedules) + 1  # the last one has every case twice
+    assert result["counts"]["fastmmoe:prompts_dense_total/long"] == runs * sum(bool(CASES[case].sizes) for case in dense)
+    assert result["counts"]["fastmmoe:prompts_pruned_total"] == runs * len(pruned)
+
+
+def test_compiled(checkpoint, engine):
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+    schedules = [ALONE, STAGGERED]
+    result = engine(directory, schedules, reduction, enforce_eager=False)
+    check(result, directory, reduction, schedules)
+    check_survivors(result, directory, reduction)
+
+
+def test_two_ranks(checkpoint, engine):
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+    schedules = [*TOGETHER, STAGGERED]
+    result = engine(
+        directory, schedules, reduction, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    )  # fmt: skip
+    check(result, directory, reduction, schedules)
