@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -31,6 +33,12 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
         `answers`: by schedule, [case, tokens] in the order of arrival; `survivors`: of requests that ran alone, by case
         and stage the positions left; `preempted`: how many times; `dense`: prompts by why they were not pruned.
     """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # vLLM's V2 runner asks for a Triton that compiles for CPUs: the interpreter takes its place
+        from triton.backends import backends
+
+        backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+
     from vllm import LLM
 
     from fastmmoe.engines.vllm.metrics import FastMMoEStatLogger
