@@ -2,7 +2,7 @@
 
 import typer
 
-from fastmmoe.cli import analyze, bench, demo, doctor, flops, run, time
+from fastmmoe.cli import analyze, bench, demo, doctor, flops, run, serve, time
 
 app = typer.Typer(
     help="Faster prefill of multimodal mixture-of-experts models.",
@@ -13,6 +13,7 @@ app = typer.Typer(
 app.command(epilog=demo.EXAMPLE)(demo.demo)
 app.command(epilog=bench.EXAMPLE)(bench.bench)
 app.command(epilog=run.EXAMPLE)(run.run)
+app.command(epilog=serve.EXAMPLE)(serve.serve)
 app.command(epilog=flops.EXAMPLE)(flops.flops)
 app.command(epilog=time.EXAMPLE)(time.time)
 app.command(epilog=analyze.EXAMPLE)(analyze.analyze)

@@ -12,6 +12,7 @@ EXTRAS = {
     "triton": ("triton",),
     "cli": ("typer", "rich"),
     "demo": ("PIL", "matplotlib", "skimage"),
+    "vllm": ("vllm",),
 }
 
 

@@ -4,6 +4,9 @@
 """
 
 
+VERSION = "0.32"
+
+
 def register() -> None:
     """Entry point of `vllm.general_plugins`, called in every process. Without that option every model stays stock."""
     from vllm.model_executor.models import ModelRegistry
@@ -13,5 +16,5 @@ def register() -> None:
     from fastmmoe.engines.vllm.startup import checked_before
 
     for architecture, path in FAMILIES.items():
-        ModelRegistry.register_model(architecture, path)
         MODELS_CONFIG_MAP[architecture] = checked_before(MODELS_CONFIG_MAP.get(architecture))
+        ModelRegistry.register_model(architecture, path)

@@ -33,7 +33,7 @@ class Counts:
             self._counter[f"dense/{prompt.dense}"] += 1
         left = prompt.left or (prompt.n_vision,)
         self._counter["kept"] += left[-1]
-        self._counter["removed"] += left[0] - left[-1]
+        self._counter["dropped"] += left[0] - left[-1]
         self._counter["pruned"] += prompt.prunes
         for stage, entering in enumerate(prompt.left[:-1]):
             # one run has the fewest windows; with more runs the bound by their number is no smaller
@@ -54,8 +54,8 @@ def _metrics() -> dict[str, prometheus_client.Counter]:
 
     return {
         "kept": counter("vision_tokens_kept", "Vision tokens of prompts that reach the last layer."),
-        "removed": counter("vision_tokens_removed", "Vision tokens of prompts that are merged away or dropped."),
-        "merged": counter("vision_windows_merged", "Windows of vision tokens that became one token each."),
+        "dropped": counter("vision_tokens_dropped", "Vision tokens of prompts that do not, members of merged windows too."),
+        "merged": counter("vision_tokens_merged", "Tokens that stand for a merged window, counted at every prune stage."),
         "pruned": counter("prompts_pruned", "Prompts whose vision tokens were pruned."),
         "dense": counter("prompts_dense", "Prompts with vision tokens that were not pruned, by reason.", "reason"),
     }

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import vllm
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.platforms import current_platform
 
+from fastmmoe.engines.vllm import VERSION
 from fastmmoe.engines.vllm.plan import Rules
 from fastmmoe.families import find_preset
 from fastmmoe.methods import FastMMoEConfig
@@ -56,6 +59,8 @@ def check(vllm_config: VllmConfig) -> None:
     config = read_config(vllm_config)
     if config is None:
         return
+    if not vllm.__version__.startswith(f"{VERSION}."):
+        raise ValueError(f"additional_config[{KEY!r}]: supports vLLM {VERSION}, this is {vllm.__version__}")
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     compilation, cache = vllm_config.compilation_config, vllm_config.cache_config
     reduces = config.vision_top_k is not None
@@ -84,6 +89,8 @@ def check(vllm_config: VllmConfig) -> None:
             f"additional_config[{KEY!r}]: not supported with cudagraph_mode FULL, whose graphs hold prefills; expected "
             "FULL_AND_PIECEWISE, FULL_DECODE_ONLY, PIECEWISE or NONE"
         )
+    if reduces and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend == "auto":
+        vllm_config.kernel_config.moe_backend = "triton"  # its weights lie as `moe_experts` reads them
     family, text_config = find_preset(vllm_config.model_config.hf_config)
     for layer in config.prune_layers:
         if reason := family.why_not_prune(text_config, layer):

