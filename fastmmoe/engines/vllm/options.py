@@ -1,7 +1,6 @@
 """What a server was asked to reduce: `--additional-config '{"fastmmoe": {...}}'`, checked before anything is loaded."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import vllm
 from vllm.config import CUDAGraphMode, VllmConfig

@@ -15,7 +15,6 @@ import torch
 from fastmmoe.config import ReductionConfig
 from fastmmoe_kernels import VisionLayout
 
-
 # why a prompt is not pruned -> in words
 DENSE = {
     "few_vision_tokens": "it has fewer vision tokens than min_vision_tokens",

@@ -5,6 +5,7 @@ No matrix of experts is square: its order could not be told.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,8 @@ SIZES = {
     },
     "internvl_qwen3_moe": {"text_config": TEXT},
 }
+# of an image, in the processor's settings
+MOST_TOKENS = {"qwen3_vl_moe": 256}
 # stored with inputs first, as the hub has them
 TRANSPOSED = {"qwen3_vl_moe": (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")}
 
@@ -43,4 +46,9 @@ def save(name: str, directory: Path, seed: int = 0) -> Path:
         if key.endswith(TRANSPOSED.get(name, ())):
             stored[key] = tensor.mT.contiguous()
     save_file(stored, weights, {"format": "pt"})
+    if name in MOST_TOKENS:
+        settings = directory / "preprocessor_config.json"
+        values = json.loads(settings.read_text())
+        values["size"]["longest_edge"] = MOST_TOKENS[name] * tiny_checkpoints.TOKEN**2
+        settings.write_text(json.dumps(values))
     return directory

@@ -30,8 +30,8 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
         mutation: name of one in `mutations.py`, to be made first.
 
     Returns:
-        `answers`: by schedule, [case, tokens] in the order of arrival; `survivors`: of requests that ran alone, by case
-        and stage the positions left; `preempted`: how many times; `dense`: prompts by why they were not pruned.
+        `answers`: by schedule, [case, tokens] in the order of arrival; `survivors`: as in `record_survivors`;
+        `preempted`: how many times; `prefix_hits`: tokens; `counts`: what Prometheus is told.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         # vLLM's V2 runner asks for a Triton that compiles for CPUs: the interpreter takes its place
@@ -52,13 +52,11 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
     llm.llm_engine.logger_manager.stat_loggers.append(FastMMoEStatLogger(llm.llm_engine.vllm_config, [0]))
     seen = record_survivors()
     prompts = Prompts(Path(directory))
-    answers, survivors = [], {}
-    for schedule in schedules:
-        answers.append(list(answer(llm.llm_engine, prompts, seen, survivors, **schedule)))
+    answers = [list(answer(llm.llm_engine, prompts, **schedule)) for schedule in schedules]
     metrics = {m.name: m for m in llm.get_metrics()}
     return {
         "answers": answers,
-        "survivors": survivors,
+        "survivors": seen,
         "preempted": metrics["vllm:num_preemptions"].value,
         "prefix_hits": metrics["vllm:prefix_cache_hits"].value,
         "counts": prometheus(),
@@ -66,7 +64,7 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
 
 
 def answer(
-    engine: Any, prompts: Any, seen: list, survivors: dict, names: list[str], every: int | None = 0
+    engine: Any, prompts: Any, names: list[str], every: int | None = 0
 ) -> Iterator[tuple[str, list[int]]]:
     from vllm import SamplingParams
 
@@ -83,34 +81,48 @@ def answer(
             case = CASES[name]
             params = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=not case.stops)
             engine.add_request(str(number), prompts.request(case), params)
-            seen.clear()
             if every:
                 break
         for output in engine.step():
             if output.finished:
                 done[output.request_id] = list(output.outputs[0].token_ids)
-                if every is None:
-                    survivors[names[int(output.request_id)]] = [list(stage) for stage in seen]
         steps += 1
     for number, name in enumerate(names):
         yield name, done[str(number)]
 
 
-def record_survivors() -> list:
-    """A list to which every prune stage adds the positions that are left, of a step of one request."""
+def record_survivors() -> dict[str, list]:
+    """Filled with what prune stages leave of prompts: by length and vision tokens, every list of stages that occurred."""
     from fastmmoe.engines.vllm import model
 
-    seen: list = []
+    seen: dict[str, list] = {}
+    under_way: dict[int, list] = {}
     stock = model.prune_layer
 
     def prune_layer(tokens, *args):
         out = stock(tokens, *args)
-        if len(tokens.step.rows) == 1 and tokens.step.prunes:
-            seen.append(tokens.origin.tolist())
+        step, stage = tokens.step, tokens.stage
+        origin = tokens.origin.split(step.lengths(stage).tolist())
+        for number, (row, left) in enumerate(zip(step.rows, origin, strict=True)):
+            if not row.is_pruned_now:
+                continue
+            stages = under_way.setdefault(number, [])
+            # generated tokens of a prompt that is run again are none of the prompt's
+            stages.append([p for p in (left - int(step.bounds(0)[number])).tolist() if p < row.prompt.length])
+            if stage == step.stages:
+                found = seen.setdefault(geometry(row.prompt.length, row.prompt.vision), [])
+                if stages not in found:
+                    found.append(stages)
+                del under_way[number]
         return out
 
     model.prune_layer = prune_layer
     return seen
+
+
+def geometry(length: int, vision: tuple) -> str:
+    """Of a prompt."""
+    return f"{length} {[list(run) for run in vision]}"
 
 
 def prometheus() -> dict[str, float]:
