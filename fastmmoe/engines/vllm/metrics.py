@@ -54,8 +54,8 @@ def _metrics() -> dict[str, prometheus_client.Counter]:
 
     return {
         "kept": counter("vision_tokens_kept", "Vision tokens of prompts that reach the last layer."),
-        "dropped": counter("vision_tokens_dropped", "Vision tokens of prompts that do not, members of merged windows too."),
-        "merged": counter("vision_tokens_merged", "Tokens that stand for a merged window, counted at every prune stage."),
+        "dropped": counter("vision_tokens_dropped", "Vision tokens of prompts that do not, merged ones too."),
+        "merged": counter("vision_tokens_merged", "Tokens that stand for a merged window, at each stage."),
         "pruned": counter("prompts_pruned", "Prompts whose vision tokens were pruned."),
         "dense": counter("prompts_dense", "Prompts with vision tokens that were not pruned, by reason.", "reason"),
     }

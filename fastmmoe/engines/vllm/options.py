@@ -4,12 +4,15 @@ from collections.abc import Mapping
 
 import vllm
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from fastmmoe.engines.vllm import VERSION
 from fastmmoe.engines.vllm.plan import Rules
 from fastmmoe.families import find_preset
 from fastmmoe.methods import FastMMoEConfig
+
+logger = init_logger(f"vllm.{__name__}")
 
 KEY = "fastmmoe"
 SCHEDULER = "fastmmoe.engines.vllm.scheduler.image_scheduler"
@@ -43,7 +46,10 @@ def rules_of(vllm_config: VllmConfig) -> Rules | None:
     if config is None:
         return None
     scheduler = vllm_config.scheduler_config
-    budget = min(scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens)
+    budget = scheduler.max_num_batched_tokens
+    budget = min(budget, scheduler.max_num_scheduled_tokens or budget)
+    if not scheduler.enable_chunked_prefill:
+        return Rules(config, budget)
     # every other request may take a token of the step that runs a prompt
     longest = budget - scheduler.max_num_seqs + 1
     return Rules(config, min(longest, scheduler.long_prefill_token_threshold or longest))
@@ -61,7 +67,6 @@ def check(vllm_config: VllmConfig) -> None:
     if not vllm.__version__.startswith(f"{VERSION}."):
         raise ValueError(f"additional_config[{KEY!r}]: supports vLLM {VERSION}, this is {vllm.__version__}")
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-    compilation, cache = vllm_config.compilation_config, vllm_config.cache_config
     reduces = config.vision_top_k is not None
     obstacles = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
@@ -75,7 +80,7 @@ def check(vllm_config: VllmConfig) -> None:
         "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--ec-transfer-config": vllm_config.ec_transfer_config is not None,
-        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
         "--quantization": vllm_config.model_config.quantization is not None and reduces,
         "--enable-prompt-embeds": vllm_config.model_config.enable_prompt_embeds,
         "--video-pruning-rate": bool(getattr(vllm_config.model_config.multimodal_config, "video_pruning_rate", None)),
@@ -83,7 +88,7 @@ def check(vllm_config: VllmConfig) -> None:
     refused = [name for name, stands in obstacles.items() if stands]
     if refused:
         raise ValueError(f"additional_config[{KEY!r}]: not supported with {', '.join(refused)}; leave it out")
-    if compilation.cudagraph_mode is not None and compilation.cudagraph_mode == CUDAGraphMode.FULL:
+    if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
         raise ValueError(
             f"additional_config[{KEY!r}]: not supported with cudagraph_mode FULL, whose graphs hold prefills; expected "
             "FULL_AND_PIECEWISE, FULL_DECODE_ONLY, PIECEWISE or NONE"
@@ -101,10 +106,17 @@ def check(vllm_config: VllmConfig) -> None:
             f"additional_config[{KEY!r}]: not supported with scheduler_cls={scheduler.scheduler_cls!r}, which may run "
             f"image prompts in chunks; leave it out, or give {SCHEDULER}"
         )
-    rules = rules_of(vllm_config)
-    if rules.longest < 1:
+    longest, most = rules_of(vllm_config).longest, vllm_config.model_config.max_model_len
+    if longest < 2:
         raise ValueError(
             f"max_num_batched_tokens={scheduler.max_num_batched_tokens}: expected more than "
             f"max_num_seqs={scheduler.max_num_seqs}, or no prompt is sure to be run in one step"
+        )
+    if longest < most:
+        logger.warning(
+            "fastmmoe: prompts of more than %d tokens may be run in chunks and are not pruned; "
+            "--max-num-batched-tokens %d prunes all",
+            longest,
+            most + scheduler.max_num_seqs - 1,
         )
     scheduler.scheduler_cls = SCHEDULER

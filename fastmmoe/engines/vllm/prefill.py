@@ -130,9 +130,10 @@ def _prune(
     )
     rows, width = layout.batch_size, layout.width
     attn = layer.self_attn.attn
+    keys = key.view(-1, attn.num_kv_heads, attn.head_size)[padded].unflatten(0, (rows, width))  # [P, n, Hkv, D]
     importance = last_query_attention(
         query.view(-1, attn.num_heads, attn.head_size)[asking],  # [P, Hq, D]
-        key.view(-1, attn.num_kv_heads, attn.head_size)[padded].view(rows, width, attn.num_kv_heads, -1).transpose(1, 2),
+        keys.transpose(1, 2),
         scale=attn.impl.scale,
         key_mask=torch.arange(width, device=device) < prompts.unsqueeze(1),  # what was generated does not ask
         backend=config.backend,

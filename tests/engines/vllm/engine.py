@@ -92,7 +92,7 @@ def answer(
 
 
 def record_survivors() -> dict[str, list]:
-    """Filled with what prune stages leave of prompts: by length and vision tokens, every list of stages that occurred."""
+    """Filled with what prune stages leave of prompts: by length and vision tokens, each list of stages once."""
     from fastmmoe.engines.vllm import model
 
     seen: dict[str, list] = {}

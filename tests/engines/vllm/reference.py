@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,18 @@ def _loaded(directory: Path) -> tuple[Any, Prompts]:
 
 def answer(directory: Path, name: str, values: dict[str, Any] | None) -> tuple[list[int], list[list[int]]]:
     """(generated ids, by stage the positions left of the prompt) of a case; `values` as in `additional_config`."""
-    key = None if values is None else tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items()))
-    return _answer(directory, name, key)
+    return _answer(directory, name, None if values is None else json.dumps(values, sort_keys=True))
 
 
 @cache
-def _answer(directory: Path, name: str, values: tuple | None) -> tuple[list[int], list[list[int]]]:
+def _answer(directory: Path, name: str, values: str | None) -> tuple[list[int], list[list[int]]]:
     model, prompts = _loaded(directory)
     case = CASES[name]
     inputs = prompts.inputs(case)
     end = model.generation_config.eos_token_id if case.stops else None
     settings = GenerationConfig(max_new_tokens=case.new_tokens, do_sample=False, eos_token_id=end, pad_token_id=0)
     if values is not None:
-        fastmmoe.enable(model, fastmmoe.FastMMoEConfig.preset(model, **dict(values)))
+        fastmmoe.enable(model, fastmmoe.FastMMoEConfig.preset(model, **json.loads(values)))
     try:
         output = model.generate(**inputs, generation_config=settings)
         left = _positions_left(model) if values is not None and case.sizes else []
