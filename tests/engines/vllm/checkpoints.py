@@ -14,7 +14,8 @@ from tests.model import tiny_checkpoints
 
 TEXT = dict(
     hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=8,
-    intermediate_size=64, moe_intermediate_size=96, num_experts=8, num_experts_per_tok=4, norm_topk_prob=True, max_position_embeddings=1024,
+    intermediate_size=64, moe_intermediate_size=96, num_experts=8, num_experts_per_tok=4, norm_topk_prob=True,
+    max_position_embeddings=1024,
 )  # fmt: skip
 SIZES = {
     "qwen3_vl_moe": {

@@ -20,7 +20,8 @@ def configure(checkpoint):
     def make(reduction=None, name="qwen3_vl_moe", **options):
         additional = {} if reduction is None else {"additional_config": {"fastmmoe": reduction}}
         sizes = {"max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 8, "enforce_eager": True}
-        return EngineArgs(str(checkpoint(name)), dtype="float32", **(sizes | additional | options)).create_engine_config()
+        arguments = EngineArgs(str(checkpoint(name)), dtype="float32", **(sizes | additional | options))
+        return arguments.create_engine_config()
 
     return make
 
