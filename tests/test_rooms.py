@@ -33,6 +33,7 @@ ROOMS = (
     "fastmmoe.config",
     "fastmmoe.families",
     "fastmmoe.methods",
+    "fastmmoe.engines",  # they have layers of their own, and no use for those of transformers
     "fastmmoe.prefill",
     "fastmmoe.cost",
     "fastmmoe.enable",
@@ -191,7 +192,10 @@ def may_name(family: Family, module: str) -> bool:
         defines_one = " = Family(" in MODULES.get(module, "")
         is_own = defines_one and family in vars(importlib.import_module(module)).values()
         return is_own or any(re.search(rf"(^|_){word}", file) for word in words_of(family))
-    return module == "fastmmoe.families" or room_of(module) == "fastmmoe.models"
+    if re.fullmatch(r"fastmmoe\.engines\.\w+\.families", room):
+        return any(re.search(rf"(^|_){word}", file) for word in words_of(family))
+    is_registry = module == "fastmmoe.families" or re.fullmatch(r"fastmmoe\.engines\.\w+\.families", module)
+    return bool(is_registry) or room_of(module) == "fastmmoe.models"
 
 
 def strangers(modules: Mapping[str, str]) -> list[str]:
@@ -224,6 +228,26 @@ def test_names_stay_in_their_files():
     assert strangers(MODULES) == []
 
 
+ENGINES = {"vllm": ("fastmmoe.engines.vllm", "fastmmoe.cli.serve", "fastmmoe.cli.extras")}
+
+
+def engine_strangers(modules: Mapping[str, str]) -> list[str]:
+    """Names of engines outside their own rooms, the command that starts one, and the list of extras."""
+    return [
+        f"{module} says {engine}"
+        for engine, homes in ENGINES.items()
+        for module, source in modules.items()
+        if re.search(rf"(?i){engine}", source) and not module.startswith(homes)
+    ]
+
+
+def test_engines_are_named_at_home():
+    assert engine_strangers(MODULES) == []
+    assert engine_strangers({"fastmmoe.methods.new": "# as vLLM has it"}) and not engine_strangers(
+        {"fastmmoe.engines.vllm.new": "import vllm"}
+    )
+
+
 def test_words_are_those_of_the_registries():
     assert set().union(*map(words_of, FAMILIES)) >= {"internvl", "qwen", "deepseek"}
     assert not family_pattern({"aria"}).search("a variable of malaria, and VARIANTS")
@@ -242,6 +266,8 @@ def test_words_are_those_of_the_registries():
         ("fastmmoe.study.new", "from fastmmoe.methods import RandomConfig"),
         ("fastmmoe.study.new", "from fastmmoe.methods.uniform import x"),
         ("fastmmoe.study.new", "COLOURS = {'random': '0.7'}"),
+        ("fastmmoe.engines.some.new", "# as DeepSeek has it"),
+        ("fastmmoe.engines.some.families.qwen_new", "# as DeepSeek has it"),
     ],
 )
 def test_a_name_is_found(module, source):
@@ -252,6 +278,8 @@ def test_a_name_is_found(module, source):
     ("module", "source"),
     [
         ("fastmmoe.families.internvl_new", "# InternVL with Qwen3"),
+        ("fastmmoe.engines.some.families", "InternVL, DeepSeek"),
+        ("fastmmoe.engines.some.families.internvl", "# InternVL with Qwen3"),
         ("fastmmoe.models.new", "a = 'deepseek_v3'"),
         ("fastmmoe.study.new", "# a random draw of FastMMoE's, at uniform distances"),
     ],

@@ -257,7 +257,7 @@ Sizes = dict[str, dict[str, object]]
 def build_model(
     name: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, sizes: Sizes | None = None
 ) -> nn.Module:
-    """The tiny model of that family, with the tokenizer's vocabulary; `sizes` has other values by part of its config."""
+    """The tiny model of that family, with the tokenizer's vocabulary; `sizes`: other values by part of the config."""
     files = CHECKPOINTS[name]
     config = tiny_families.FAMILIES[name](seed)[0].config
     config.text_config.vocab_size = len(tokenizer)

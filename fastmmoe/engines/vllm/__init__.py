@@ -4,9 +4,6 @@
 """
 
 
-VERSION = "0.32"
-
-
 def register() -> None:
     """Entry point of `vllm.general_plugins`, called in every process. Without that option every model stays stock."""
     from vllm.model_executor.models import ModelRegistry

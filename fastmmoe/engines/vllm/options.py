@@ -7,7 +7,6 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from fastmmoe.engines.vllm import VERSION
 from fastmmoe.engines.vllm.plan import Rules
 from fastmmoe.families import find_preset
 from fastmmoe.methods import FastMMoEConfig
@@ -15,6 +14,7 @@ from fastmmoe.methods import FastMMoEConfig
 logger = init_logger(f"vllm.{__name__}")
 
 KEY = "fastmmoe"
+VERSION = "0.32"  # the minor version whose inside this was tested with
 SCHEDULER = "fastmmoe.engines.vllm.scheduler.image_scheduler"
 
 
