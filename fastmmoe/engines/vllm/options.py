@@ -7,6 +7,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from fastmmoe.engines.vllm.families import FAMILIES
 from fastmmoe.engines.vllm.plan import Rules
 from fastmmoe.families import find_preset
 from fastmmoe.methods import FastMMoEConfig
@@ -18,6 +19,11 @@ VERSION = "0.32"  # the minor version whose inside this was tested with
 SCHEDULER = "fastmmoe.engines.vllm.scheduler.image_scheduler"
 
 
+def is_supported() -> bool:
+    """Whether this is a vLLM that the plugin was tested with."""
+    return vllm.__version__.startswith(f"{VERSION}.")
+
+
 def read_config(vllm_config: VllmConfig) -> FastMMoEConfig | None:
     """The config that `additional_config` asks for, fit to the model; None without one.
 
@@ -26,10 +32,9 @@ def read_config(vllm_config: VllmConfig) -> FastMMoEConfig | None:
     Raises:
         TypeError, ValueError: an entry that is none, or settings that do not fit the model.
     """
-    given = vllm_config.additional_config
-    if not isinstance(given, Mapping) or given.get(KEY) is None:
+    if not _is_asked_for(vllm_config):
         return None
-    values = given[KEY]
+    values = vllm_config.additional_config[KEY]
     if not isinstance(values, Mapping):
         raise TypeError(f"additional_config[{KEY!r}]: expected an object of fields of FastMMoEConfig, got {values!r}")
     try:
@@ -38,6 +43,11 @@ def read_config(vllm_config: VllmConfig) -> FastMMoEConfig | None:
         if "unexpected keyword" in str(error):
             raise ValueError(f"additional_config[{KEY!r}]: {error}") from error
         raise
+
+
+def _is_asked_for(vllm_config: VllmConfig) -> bool:
+    given = vllm_config.additional_config
+    return isinstance(given, Mapping) and given.get(KEY) is not None
 
 
 def rules_of(vllm_config: VllmConfig) -> Rules | None:
@@ -61,11 +71,14 @@ def check(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: an option that cannot be combined; names it and what to set.
     """
-    config = read_config(vllm_config)
-    if config is None:
+    if not _is_asked_for(vllm_config):
         return
-    if not vllm.__version__.startswith(f"{VERSION}."):
+    if not is_supported():
         raise ValueError(f"additional_config[{KEY!r}]: supports vLLM {VERSION}, this is {vllm.__version__}")
+    architecture = vllm_config.model_config.architecture
+    if architecture not in FAMILIES:
+        raise ValueError(f"additional_config[{KEY!r}]: supports {', '.join(FAMILIES)}, not {architecture}")
+    config = read_config(vllm_config)
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     reduces = config.vision_top_k is not None
     obstacles = {

@@ -3,6 +3,7 @@
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
+from fastmmoe.engines.vllm.families import FAMILIES
 from fastmmoe.engines.vllm.options import SCHEDULER, read_config, rules_of
 
 BOTH = {"retention": 0.4, "prune_layers": [2, 4, 6]}
@@ -56,6 +57,20 @@ def test_preset_of_the_family(configure):
 
 def test_longest_prompt_of_a_long_prefill_threshold(configure):
     assert rules_of(configure(BOTH, long_prefill_token_threshold=300)).longest == 300
+
+
+def test_other_versions_of_vllm(configure, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    configure()
+    with pytest.raises(Exception, match="supports vLLM 0.32, this is 0.33.0"):
+        configure(BOTH)
+
+
+def test_other_architectures(configure, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "Qwen3VLMoeForConditionalGeneration")
+    configure()
+    with pytest.raises(Exception, match="supports InternVL.*, not Qwen3VLMoeForConditionalGeneration"):
+        configure(BOTH)
 
 
 @pytest.mark.parametrize(
