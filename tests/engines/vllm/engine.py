@@ -31,7 +31,7 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
 
     Returns:
         `answers`: by schedule, [case, tokens] in the order of arrival; `survivors`: as in `record_survivors`;
-        `preempted`: how many times; `prefix_hits`: tokens; `counts`: what Prometheus is told.
+        `preempted`: how many times; `prefix_hits`: tokens; `counts`: what Prometheus is told; and what `inside` finds.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         # vLLM's V2 runner asks for a Triton that compiles for CPUs: the interpreter takes its place
@@ -60,6 +60,7 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
         "preempted": metrics["vllm:num_preemptions"].value,
         "prefix_hits": metrics["vllm:prefix_cache_hits"].value,
         "counts": prometheus(),
+        **llm.apply_model(inside)[0],
     }
 
 
@@ -68,7 +69,7 @@ def answer(
 ) -> Iterator[tuple[str, list[int]]]:
     from vllm import SamplingParams
 
-    from tests.engines.vllm.prompts import CASES
+    from tests.engines.vllm.prompts import CASES, CLIPS
 
     waiting = list(enumerate(names))
     done: dict[str, list[int]] = {}
@@ -78,7 +79,7 @@ def answer(
             every == 0 or (every is None and not engine.has_unfinished_requests()) or (every and steps % every == 0)
         ):
             number, name = waiting.pop(0)
-            case = CASES[name]
+            case = (CASES | CLIPS)[name]
             params = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=not case.stops)
             engine.add_request(str(number), prompts.request(case), params)
             if every:
@@ -123,6 +124,20 @@ def record_survivors() -> dict[str, list]:
 def geometry(length: int, vision: tuple) -> str:
     """Of a prompt."""
     return f"{length} {[list(run) for run in vision]}"
+
+
+def inside(model: Any) -> dict[str, Any]:
+    """Of a model when all is done: `tracked` requests, and by stretch whether it was compiled, in `compiled`."""
+    from fastmmoe.engines.vllm.stretches import Stretch
+
+    reduction = getattr(model, "reduction", None)
+    if reduction is None:
+        return {}
+    stretches = [part for part in reduction._parts if isinstance(part, Stretch)]
+    return {
+        "tracked": len(reduction.requests._prompts),
+        "compiled": [not part.do_not_compile and part.compiled for part in stretches],
+    }
 
 
 def prometheus() -> dict[str, float]:

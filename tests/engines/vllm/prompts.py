@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.video_utils import VideoMetadata
 
 Size = tuple[int, int]  # of an image in pixels, width and height
 
@@ -24,31 +25,53 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A video of two frames a second."""
+
+    size: Size
+    frames: int
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8 [frames, height, width, 3]."""
+        return np.stack([np.asarray(picture(*self.size, seed=100 + frame)) for frame in range(self.frames)])
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        frames = {"total_num_frames": self.frames, "frames_indices": list(range(self.frames))}
+        return frames | {"fps": 2.0, "duration": self.frames / 2, "video_backend": "none"}
+
+
+@dataclass(frozen=True)
 class Case:
     """A turn of a conversation.
 
     Attributes:
-        parts: texts and images' sizes, in order.
+        parts: texts, images' sizes and videos, in order.
         new_tokens: how many to generate.
         stops: whether the end of a turn ends it earlier.
     """
 
-    parts: tuple[str | Size, ...]
+    parts: tuple[str | Size | Clip, ...]
     new_tokens: int = 12
     stops: bool = False
 
     @property
-    def sizes(self) -> list[Size]:
-        return [part for part in self.parts if not isinstance(part, str)]
+    def has_vision(self) -> bool:
+        return any(not isinstance(part, str) for part in self.parts)
 
     @property
     def images(self) -> list[Image.Image]:
-        return [picture(*size, seed=number) for number, size in enumerate(self.sizes)]
+        sizes = [part for part in self.parts if isinstance(part, tuple)]
+        return [picture(*size, seed=number) for number, size in enumerate(sizes)]
+
+    @property
+    def clips(self) -> list[Clip]:
+        return [part for part in self.parts if isinstance(part, Clip)]
 
     def messages(self) -> list[dict[str, Any]]:
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.parts
-        ]
+        kinds = {tuple: {"type": "image"}, Clip: {"type": "video"}}
+        content = [kinds.get(type(part)) or {"type": "text", "text": part} for part in self.parts]
         return [{"role": "user", "content": content}]
 
 
@@ -69,6 +92,12 @@ CASES = {
     "until the end": Case((SMALL, "Say no more."), 40, stops=True),
 }
 
+# beside these, for families that take videos
+CLIPS = {
+    "video": Case((Clip((64, 48), 6), "What happens in this video?"), 16),
+    "image and video": Case((SMALL, "and", Clip((64, 64), 4), "What is it?"), 12),
+}
+
 
 @dataclass
 class Prompts:
@@ -85,10 +114,16 @@ class Prompts:
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """What a model of transformers takes."""
-        images = {"images": case.images} if case.sizes else {}
-        return self.processor(text=[self.text(case)], return_tensors="pt", **images)
+        vision = {"images": case.images} if case.images else {}
+        if case.clips:
+            vision["videos"] = [clip.pixels for clip in case.clips]
+            metadata = [VideoMetadata(**clip.metadata) for clip in case.clips]
+            vision["videos_kwargs"] = {"video_metadata": metadata, "do_sample_frames": False}
+        return self.processor(text=[self.text(case)], return_tensors="pt", **vision)
 
     def request(self, case: Case) -> dict[str, Any]:
         """What vLLM takes."""
-        images = {"multi_modal_data": {"image": case.images}} if case.sizes else {}
-        return {"prompt": self.text(case), **images}
+        vision: dict[str, Any] = {"image": case.images} if case.images else {}
+        if case.clips:
+            vision["video"] = [(clip.pixels, clip.metadata | {"do_sample_frames": False}) for clip in case.clips]
+        return {"prompt": self.text(case)} | ({"multi_modal_data": vision} if vision else {})

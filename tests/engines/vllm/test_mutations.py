@@ -4,7 +4,8 @@ import pytest
 
 from .mutations import MUTATIONS
 from .prompts import CASES
-from .test_parity import ALONE, CHUNKS, CROWD, LONGEST, PREEMPTION, SETTINGS, STAGGERED, TOGETHER, check, prompt_of
+from .reference import prompt_of
+from .test_parity import ALONE, CHUNKS, CROWD, LONGEST, PREEMPTION, SETTINGS, STAGGERED, TOGETHER, check
 
 OPTIONS = {
     "the_rows_last_token_asks": PREEMPTION,

@@ -1,14 +1,12 @@
 """Greedy tokens through vLLM's engine equal those of transformers with FastMMoE, whatever else the engine runs."""
 
 import random
-from functools import cache
 
 import pytest
-import torch
 
 from .engine import geometry
-from .prompts import CASES, Prompts
-from .reference import answer
+from .prompts import CASES, CLIPS
+from .reference import answer, prompt_of
 
 ALONE = {"names": list(CASES), "every": None}
 TOGETHER = [{"names": random.Random(seed).sample(list(CASES), len(CASES)), "every": 0} for seed in range(3)]
@@ -33,34 +31,24 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def check(result, directory, reduction, schedules, dense=()):
+def check(result, directory, reduction, schedules, dense=(), cases=CASES):
     """All answers equal, of cases in `dense` those without pruning; how many differ from the stock model's."""
     unpruned = {name: value for name, value in reduction.items() if name in ("vision_top_k", "reduction_layer")}
-    expected = {name: answer(directory, name, unpruned if name in dense else reduction)[0] for name in CASES}
+    expected = {name: answer(directory, name, unpruned if name in dense else reduction)[0] for name in cases}
     wrong = [
         (name, tokens, expected[name])
         for schedule in result["answers"]
         for name, tokens in schedule
         if tokens != expected[name]
     ]
-    for name in CASES:
+    for name in cases:
         left = answer(directory, name, reduction)[1]
         found = result["survivors"].get(geometry(*prompt_of(directory, name)), [])
         # once, alone, in a batch or run again after a preemption: always the same
         assert found == ([] if name in dense or not left else [left]), f"wrong survivors: {name}"
     assert sum(map(len, result["answers"])) == sum(len(schedule["names"]) for schedule in schedules)
     assert not wrong, f"{len(wrong)} wrong, the first: {wrong[0]}"
-    return sum(expected[name] != answer(directory, name, None)[0] for name in CASES)
-
-
-@cache
-def prompt_of(directory, name):
-    """(length, [start, end) of runs of vision tokens) of a case's prompt."""
-    prompts = Prompts(directory)
-    ids = prompts.inputs(CASES[name])["input_ids"][0]
-    vision = (ids == prompts.processor.image_token_id).int()
-    edges = torch.nn.functional.pad(vision, (1, 1)).diff().nonzero().flatten().tolist()
-    return len(ids), tuple(zip(edges[::2], edges[1::2], strict=True))
+    return sum(expected[name] != answer(directory, name, None)[0] for name in cases)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -70,6 +58,7 @@ def test_continuous_batching(checkpoint, engine, name, setting):
     schedules = [ALONE, *TOGETHER, STAGGERED]
     result = engine(directory, schedules, reduction)
     assert check(result, directory, reduction, schedules) >= 3  # else nothing was reduced
+    assert result["tracked"] <= 1 and not any(result["compiled"])
     # text in front of an image, and whole texts, are taken from the prefix cache
     assert result["prefix_hits"] > 0
 
@@ -99,20 +88,34 @@ def test_chunked_prefill(checkpoint, engine, caching):
     schedules = [ALONE, *TOGETHER, STAGGERED]
     result = engine(directory, schedules, reduction, **CHUNKS, enable_prefix_caching=caching)
     dense = {case for case in CASES if prompt_of(directory, case)[0] > LONGEST}
-    pruned = {case for case in CASES if CASES[case].sizes} - dense
+    pruned = {case for case in CASES if CASES[case].has_vision} - dense
     assert {"long text", "two images"} <= dense and {"one image", "adjoining images"} <= pruned
     check(result, directory, reduction, schedules, dense)
     runs = len(schedules) + 1  # the last one has every case twice
-    too_long = sum(bool(CASES[case].sizes) for case in dense)
+    too_long = sum(bool(CASES[case].has_vision) for case in dense)
     assert result["counts"]["fastmmoe:prompts_dense_total/long"] == runs * too_long
     assert result["counts"]["fastmmoe:prompts_pruned_total"] == runs * len(pruned)
 
 
-def test_compiled(checkpoint, engine):
+@pytest.mark.parametrize("setting", ["both", "redundancy"])
+def test_videos(checkpoint, engine, setting):
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS[setting]
+    names = [*CLIPS, "one image", "text"]
+    schedules = [{"names": names, "every": None}, {"names": names * 2, "every": 2}]
+    result = engine(directory, schedules, reduction, limit_mm_per_prompt={"image": 2, "video": 1})
+    check(result, directory, reduction, schedules, cases=CLIPS | {name: CASES[name] for name in names[2:]})
+
+
+def test_compiled(checkpoint, engine, tmp_path):
+    """The stretches are compiled when the engine starts; the second time, they come from vLLM's cache."""
     directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
     schedules = [ALONE, STAGGERED]
-    result = engine(directory, schedules, reduction, enforce_eager=False)
-    check(result, directory, reduction, schedules)
+    for _ in range(2):
+        result = engine(
+            directory, schedules, reduction, environment={"VLLM_CACHE_ROOT": str(tmp_path)}, enforce_eager=False
+        )
+        check(result, directory, reduction, schedules)
+        assert result["compiled"] == [True] * 4
 
 
 def test_two_ranks(checkpoint, engine):
