@@ -210,12 +210,14 @@ class ReducedModel:
         reduction = self.reduction
         if reduction is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        if not reduction.is_next or inputs_embeds is None:
+        if not reduction.is_next:
             reduction.name_slots()
             output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             if reduction.step is None and inputs_embeds is not None:
                 reduction.warm_up(positions, inputs_embeds, self.added_behind(len(inputs_embeds)))
             return output
+        if inputs_embeds is None:
+            raise RuntimeError("fastmmoe: a step with vision tokens came without their embeddings")
         tokens = len(inputs_embeds)
         output = reduction.run(positions, inputs_embeds, self.added_behind(tokens))
         self.clear_added(tokens)

@@ -95,6 +95,7 @@ def check(vllm_config: VllmConfig) -> None:
         "--ec-transfer-config": vllm_config.ec_transfer_config is not None,
         "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
         "--quantization": vllm_config.model_config.quantization is not None and reduces,
+        "--enable-return-routed-experts": vllm_config.aux_output_config.enabled and reduces,
         "--enable-prompt-embeds": vllm_config.model_config.enable_prompt_embeds,
         "--video-pruning-rate": bool(getattr(vllm_config.model_config.multimodal_config, "video_pruning_rate", None)),
     }
