@@ -29,6 +29,19 @@ SIZES = {
         "vision_config": {"out_hidden_size": 64},
     },
     "internvl_qwen3_moe": {"text_config": TEXT},
+    "glm4v_moe": {
+        "text_config": TEXT
+        | {
+            "use_qk_norm": False,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 3, 3],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        "vision_config": {"out_hidden_size": 64, "hidden_size": 64, "intermediate_size": 64},
+    },
 }
 # stored with inputs first, as the hub has them
 TRANSPOSED = {"qwen3_vl_moe": (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")}

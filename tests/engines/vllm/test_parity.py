@@ -20,6 +20,9 @@ SETTINGS = {
     },
 }  # fmt: skip
 
+# where others cannot prune
+PLACED = {"glm4v_moe": {"redundancy": {"prune_layers": [1, 2, 5]}}}
+
 
 def check(result, directory, reduction, schedules, dense=()):
     """All answers equal, of cases in `dense` those without pruning; how many differ from the stock model's."""
@@ -46,6 +49,16 @@ def test_continuous_batching(checkpoint, engine, name, setting):
     check_survivors(result, directory, reduction)
     # text in front of an image, and whole texts, are taken from the prefix cache
     assert result["prefix_hits"] > 0
+
+
+@pytest.mark.parametrize("setting", ["both", "redundancy"])
+@pytest.mark.parametrize("name", ["glm4v_moe"])
+def test_further_families(checkpoint, engine, name, setting):
+    directory, reduction = checkpoint(name), SETTINGS[setting] | PLACED.get(name, {}).get(setting, {})
+    schedules = [ALONE, TOGETHER[0], STAGGERED]
+    result = engine(directory, schedules, reduction)
+    assert check(result, directory, reduction, schedules) >= 3
+    check_survivors(result, directory, reduction)
 
 
 def check_survivors(result, directory, reduction):
@@ -112,3 +125,8 @@ def test_two_ranks(checkpoint, engine):
         distributed_executor_backend="mp",
     )  # fmt: skip
     check(result, directory, reduction, schedules)
+
+
+def test_dense_layers_do_not_prune(checkpoint, engine):
+    with pytest.raises(AssertionError, match=r"prune_layers=\(0, 2\): layer 0 cannot prune: it has no experts"):
+        engine(checkpoint("glm4v_moe"), [ALONE], {"prune_layers": [0, 2], "retention": 0.5})
