@@ -52,7 +52,7 @@ def test_continuous_batching(checkpoint, engine, name, setting):
 
 
 @pytest.mark.parametrize("setting", ["both", "redundancy"])
-@pytest.mark.parametrize("name", ["glm4v_moe"])
+@pytest.mark.parametrize("name", ["glm4v_moe", "qwen3_omni_moe_thinker", "aria"])
 def test_further_families(checkpoint, engine, name, setting):
     directory, reduction = checkpoint(name), SETTINGS[setting] | PLACED.get(name, {}).get(setting, {})
     schedules = [ALONE, TOGETHER[0], STAGGERED]
