@@ -53,7 +53,12 @@ FILES = {
         special=("<|im_end|>", "<|im_start|>", "<|img|>", "<fim_prefix>", "<fim_suffix>"),
         ids={"image_token_index": "<|img|>"},
         template=turns(**IM, image="{{- '<fim_prefix><|img|><fim_suffix>' -}}", video=""),
-        image={"image_processor_type": "AriaImageProcessor", "processor_class": "AriaProcessor"},
+        # as wide as high: vLLM's tower lets patches see padding, which transformers' masks
+        image={
+            "image_processor_type": "AriaImageProcessor",
+            "processor_class": "AriaProcessor",
+            "min_image_size": 980,
+        },
         processor={"processor_class": "AriaProcessor", "size_conversion": {"980": 16}},
         named={"image_token": "<|img|>"},
     ),
