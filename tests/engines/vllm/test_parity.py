@@ -109,16 +109,18 @@ def test_chunked_prefill(checkpoint, engine, caching):
     assert result["counts"]["fastmmoe:prompts_pruned_total"] == runs * len(pruned)
 
 
-def test_compiled(checkpoint, engine):
-    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
+def test_compiled(checkpoint, engine, name):
+    directory, reduction = checkpoint(name), SETTINGS["both"]
     schedules = [ALONE, STAGGERED]
     result = engine(directory, schedules, reduction, enforce_eager=False)
     check(result, directory, reduction, schedules)
     check_survivors(result, directory, reduction)
 
 
-def test_two_ranks(checkpoint, engine):
-    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
+def test_two_ranks(checkpoint, engine, name):
+    directory, reduction = checkpoint(name), SETTINGS["both"]
     schedules = [*TOGETHER, STAGGERED]
     result = engine(
         directory, schedules, reduction, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2,
