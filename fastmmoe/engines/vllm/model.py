@@ -10,6 +10,7 @@ from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.sequence import IntermediateTensors
 
@@ -39,6 +40,7 @@ class Reduction:
         self.requests = Requests(rules)
         self.step: Step | None = None
         self.tokens: Tokens | None = None
+        self._check_attention()
         self._tables = [StageTables(vllm_config, device) for _ in rules.config.prune_layers]
         self._set_attention_backends()
         self._reduce_experts()
@@ -55,6 +57,17 @@ class Reduction:
     def is_next(self) -> bool:
         """Whether the next forward has vision tokens to reduce."""
         return self.step is not None and (self.step.prunes or self._has_fewer_experts and self.step.n_vision[0] > 0)
+
+    def _check_attention(self) -> None:
+        for number, layer in enumerate(self.layers.layers):
+            attn = getattr(getattr(layer, "self_attn", None), "attn", None)
+            # windows and chunks would be counted in places of the shortened cache
+            is_full = type(attn) is Attention and attn.sliding_window is None
+            if attn is None or self.config.prune_layers and not is_full:
+                raise ValueError(
+                    f"prune_layers={self.config.prune_layers}: not supported here: layer {number} is a "
+                    f"{type(layer).__name__}, expected full attention (at self_attn.attn) in every layer"
+                )
 
     def _set_attention_backends(self) -> None:
         stages = 0
@@ -160,7 +173,7 @@ class Reduction:
 
     def _name_slots(self, lengths: list[int] | None) -> None:
         slots, stages = get_forward_context().slot_mapping, 0
-        if not slots:
+        if not slots or not self.config.prune_layers:
             return
         for number, layer in enumerate(self.layers.layers):
             name = layer.self_attn.attn.layer_name

@@ -22,6 +22,22 @@ QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 
 SIZES = {
     "qwen3_vl_moe": {"text_config": TEXT | {"rope_parameters": QWEN_ROPE}, "vision_config": {"out_hidden_size": 64}},
     "internvl_qwen3_moe": {"text_config": TEXT},
+    "internvl_gpt_oss": {
+        "text_config": TEXT
+        | {
+            "intermediate_size": 96,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        }
+    },
     "glm4v_moe": {
         "text_config": TEXT
         | {
@@ -49,6 +65,7 @@ SIZES = {
 }
 # files of checkpoints that only these tests have
 FILES = {
+    "internvl_gpt_oss": CHECKPOINTS["internvl_qwen3_moe"],
     "aria": Checkpoint(
         special=("<|im_end|>", "<|im_start|>", "<|img|>", "<fim_prefix>", "<fim_suffix>"),
         ids={"image_token_index": "<|img|>"},

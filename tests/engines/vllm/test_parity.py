@@ -132,3 +132,8 @@ def test_two_ranks(checkpoint, engine, name):
 def test_dense_layers_do_not_prune(checkpoint, engine):
     with pytest.raises(AssertionError, match=r"prune_layers=\(0, 2\): layer 0 cannot prune: it has no experts"):
         engine(checkpoint("glm4v_moe"), [ALONE], {"prune_layers": [0, 2], "retention": 0.5})
+
+
+def test_sliding_windows_are_refused(checkpoint, engine):
+    with pytest.raises(AssertionError, match=r"prune_layers=\(1,\): not supported here: layer 0 is a TransformerBlock"):
+        engine(checkpoint("internvl_gpt_oss"), [ALONE], {"prune_layers": [1], "retention": 0.5, "vision_top_k": None})
