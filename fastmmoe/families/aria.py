@@ -1,8 +1,32 @@
 """Aria."""
 
+from functools import cache
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
 from fastmmoe.families.architecture import Architecture
 from fastmmoe.families.family import Family, Preset
 from fastmmoe.families.gates import softmax_gate
+
+
+@cache
+def _ids_come_first() -> bool:
+    import transformers
+
+    return Version(transformers.__version__) < Version("5.21")
+
+
+def _logits(output: tuple) -> torch.Tensor:
+    return output[2 if _ids_come_first() else 0]
+
+
+def _gate_output(gate: nn.Module, logits: torch.Tensor, routing: Any) -> tuple:
+    output = (logits, routing.weights, routing.ids)
+    return output[::-1] if _ids_come_first() else output
+
 
 ARIA = Family(
     title="Aria",
@@ -14,6 +38,8 @@ ARIA = Family(
     gate="router",
     routing_options=softmax_gate,
     gate_class="AriaTextTopKRouter",
+    logits=_logits,
+    gate_output=_gate_output,
     top_k="moe_topk",
     preset=Preset(
         supported="Aria (the name aria)",

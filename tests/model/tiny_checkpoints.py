@@ -255,10 +255,17 @@ Sizes = dict[str, dict[str, object]]
 
 
 def build_model(
-    name: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, sizes: Sizes | None = None
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    sizes: Sizes | None = None,
+    files: Checkpoint | None = None,
 ) -> nn.Module:
-    """The tiny model of that family, with the tokenizer's vocabulary; `sizes`: other values by part of the config."""
-    files = CHECKPOINTS[name]
+    """The tiny model of that family, with the tokenizer's vocabulary.
+
+    `sizes` has other values by part of its config, "" for the whole; `files` stands for those in `CHECKPOINTS`.
+    """
+    files = files or CHECKPOINTS[name]
     config = tiny_families.FAMILIES[name](seed)[0].config
     config.text_config.vocab_size = len(tokenizer)
     for attribute, token in files.ids.items():
@@ -267,7 +274,7 @@ def build_model(
         config.text_config.num_hidden_layers = files.layers
     for part, values in (sizes or {}).items():
         for attribute, value in values.items():
-            setattr(getattr(config, part), attribute, value)
+            setattr(getattr(config, part) if part else config, attribute, value)
     end = tokenizer.convert_tokens_to_ids(files.special[0])
     config.text_config.eos_token_id, config.text_config.pad_token_id = end, None
     model = AutoModelForImageTextToText.from_config(config).eval()
@@ -276,13 +283,15 @@ def build_model(
     return model
 
 
-def save(name: str, directory: Path, seed: int = 0, sizes: Sizes | None = None) -> Path:
-    """Write a checkpoint; `name` as in `tiny_families.FAMILIES`, `sizes` as in `build_model`."""
-    files = CHECKPOINTS[name]
+def save(
+    name: str, directory: Path, seed: int = 0, sizes: Sizes | None = None, files: Checkpoint | None = None
+) -> Path:
+    """Write a checkpoint; `name` as in `tiny_families.FAMILIES`, `sizes` and `files` as in `build_model`."""
+    files = files or CHECKPOINTS[name]
     directory.mkdir(parents=True, exist_ok=True)
     named = {"extra_special_tokens": files.named} if files.named else {}
     tokenizer = build_tokenizer(files.special, files.template, eos_token=files.special[0], **named)
-    build_model(name, tokenizer, seed, sizes).save_pretrained(directory)
+    build_model(name, tokenizer, seed, sizes, files).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     written = {
         "preprocessor_config.json": files.image,

@@ -6,12 +6,41 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from fastmmoe.engines.vllm.prefill import Tokens
 from fastmmoe_kernels import moe_experts, topk_routing
+from fastmmoe_kernels.routing.options import SCORINGS
+
+
+def routing_of(runner: MoERunner) -> dict[str, Any]:
+    """The options of `topk_routing` under which it chooses what an MoE layer's stock router does.
+
+    A scale that vLLM gives to the experts' sum instead of to the weights is none of them.
+
+    Raises:
+        ValueError: a router of a kind that is not known here.
+    """
+    router = runner.router
+    known = isinstance(router, (FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter, CPURouter))
+    own = getattr(router, "custom_routing_function", None) or getattr(router, "num_fused_shared_experts", 0)
+    if not known or own or router.scoring_func not in SCORINGS:
+        raise ValueError(f"{runner.layer_name} is not supported: it chooses experts in a way of its own")
+    options = {"top_k": router.top_k, "scoring": router.scoring_func, "norm_topk_prob": router.renormalize}
+    if not isinstance(router, FusedTopKRouter):
+        options |= {
+            "correction_bias": router.e_score_correction_bias,
+            "routed_scaling_factor": float(router.routed_scaling_factor),
+        }
+    if isinstance(router, GroupedTopKRouter) or getattr(router, "use_grouped_topk", False):
+        options |= {"n_group": router.num_expert_group, "topk_group": router.topk_group}
+    return options
 
 
 class VisionRouter(FusedMoERouter):
@@ -55,7 +84,10 @@ class VisionRouter(FusedMoERouter):
 
 
 class VisionExperts:
-    """Runs the experts of `VisionRouter`'s choice in place of a layer's `forward_modular`; nothing in empty slots."""
+    """Runs the experts of `VisionRouter`'s choice in place of a layer's `forward_modular`; nothing in empty slots.
+
+    Shared experts are the runner's: without a kernel that overlaps them with its communication, it calls them itself.
+    """
 
     def __init__(
         self, runner: MoERunner, tokens: Callable[[], Tokens | None], vision_top_k: int, top_k: int, backend: str
@@ -68,7 +100,7 @@ class VisionExperts:
         if tokens is None or not tokens.n_vision:
             return self._stock(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **shared)
         if x.device.type == "cpu":
-            return self._by_kind(tokens, x, topk_weights, topk_ids, **shared)
+            return self._by_kind(tokens, x, topk_weights, topk_ids)
         experts, others = self._experts, len(x) - tokens.n_vision
         return moe_experts(
             x,
@@ -80,19 +112,14 @@ class VisionExperts:
             backend=self._backend,
         )
 
-    def _by_kind(
-        self, tokens: Tokens, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, **shared: Any
-    ) -> torch.Tensor:
+    def _by_kind(self, tokens: Tokens, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """By the CPU's kernel, whose weights lie in an order of its own: vision tokens in fewer slots, then others."""
         output = torch.empty_like(x)
         for rows, top_k in ((tokens.vision, self._vision_top_k), (~tokens.vision, self._top_k)):
             at = rows.nonzero().flatten()
             if len(at):
                 part = self._stock(
-                    x=x[at],
-                    topk_weights=weights[at, :top_k].contiguous(),
-                    topk_ids=ids[at, :top_k].contiguous(),
-                    **shared,
+                    x=x[at], topk_weights=weights[at, :top_k].contiguous(), topk_ids=ids[at, :top_k].contiguous()
                 )
                 output.index_copy_(0, at, part)
         return output
@@ -102,23 +129,22 @@ def reduce_experts(
     runner: MoERunner,
     tokens: Callable[[], Tokens | None],
     vision_top_k: int,
-    routing: Mapping[str, Any],
     backend: str,
 ) -> None:
     """Give vision tokens fewer experts in one MoE layer.
 
     Raises:
-        ValueError: experts whose kernel or weights are not known here.
+        ValueError: experts whose kernel or weights, or a gate whose way of choosing, are not known here.
     """
     obstacle = _obstacle(runner)
     if obstacle:
         raise ValueError(f"vision_top_k={vision_top_k}: {runner.layer_name} is not supported: {obstacle}")
-    top_k = routing["top_k"]
+    routing = routing_of(runner)
     # compiled code of a CPU would look into the router at the time of its compilation
     shared = runner._shared_experts is not None
     runner._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
     runner.router = VisionRouter(runner.router, tokens, vision_top_k, routing, backend)
-    runner.routed_experts.forward_modular = VisionExperts(runner, tokens, vision_top_k, top_k, backend)
+    runner.routed_experts.forward_modular = VisionExperts(runner, tokens, vision_top_k, routing["top_k"], backend)
 
 
 def _obstacle(runner: MoERunner) -> str:

@@ -10,10 +10,11 @@ from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.sequence import IntermediateTensors
 
-from fastmmoe.engines.vllm.experts import reduce_experts
+from fastmmoe.engines.vllm.experts import reduce_experts, routing_of
 from fastmmoe.engines.vllm.metadata import StageTables, stage_backend
 from fastmmoe.engines.vllm.options import rules_of
 from fastmmoe.engines.vllm.plan import Rules, Step
@@ -39,6 +40,7 @@ class Reduction:
         self.requests = Requests(rules)
         self.step: Step | None = None
         self.tokens: Tokens | None = None
+        self._check_attention()
         self._tables = [StageTables(vllm_config, device) for _ in rules.config.prune_layers]
         self._set_attention_backends()
         self._reduce_experts()
@@ -56,6 +58,17 @@ class Reduction:
         """Whether the next forward has vision tokens to reduce."""
         return self.step is not None and (self.step.prunes or self._has_fewer_experts and self.step.n_vision[0] > 0)
 
+    def _check_attention(self) -> None:
+        for number, layer in enumerate(self.layers.layers):
+            attn = getattr(getattr(layer, "self_attn", None), "attn", None)
+            # windows and chunks would be counted in places of the shortened cache
+            is_full = type(attn) is Attention and attn.sliding_window is None
+            if attn is None or self.config.prune_layers and not is_full:
+                raise ValueError(
+                    f"prune_layers={self.config.prune_layers}: not supported here: layer {number} is a "
+                    f"{type(layer).__name__}, expected full attention (at self_attn.attn) in every layer"
+                )
+
     def _set_attention_backends(self) -> None:
         stages = 0
         for number, layer in enumerate(self.layers.layers):
@@ -65,15 +78,18 @@ class Reduction:
             stages += number in self.config.prune_layers
 
     def _reduce_experts(self) -> None:
-        top_k = self.layers.routing["top_k"]
+        runners = {
+            number: layer.mlp.experts
+            for number, layer in enumerate(self.layers.layers)
+            if isinstance(getattr(layer.mlp, "experts", None), MoERunner)
+        }
+        self._scoring = {number: routing_of(runners[number])["scoring"] for number in self.config.prune_layers}
         wanted = self.config.vision_top_k
-        self._has_fewer_experts = wanted is not None and wanted < top_k
-        if not self._has_fewer_experts:
-            return
-        for number, layer in enumerate(self.layers.layers):
-            runner = getattr(layer.mlp, "experts", None)
-            if number >= self.config.reduction_layer and isinstance(runner, MoERunner):
-                reduce_experts(runner, lambda: self.tokens, wanted, self.layers.routing, self.config.backend)
+        self._has_fewer_experts = False
+        for number, runner in runners.items():
+            if wanted is not None and number >= self.config.reduction_layer and wanted < runner.router.top_k:
+                self._has_fewer_experts = True
+                reduce_experts(runner, lambda: self.tokens, wanted, self.config.backend)
 
     def _cut_in_parts(self, vllm_config: VllmConfig) -> list[Stretch | nn.Module]:
         parts: list[Stretch | nn.Module] = []
@@ -127,7 +143,7 @@ class Reduction:
                 number += len(part.numbered)
             else:
                 positions, hidden, residual = prune_layer(
-                    tokens, part, self.config, self.layers.routing, positions, hidden, residual
+                    tokens, self.layers, part, self._scoring[number], self.config, positions, hidden, residual
                 )
                 if number in added:
                     hidden = hidden + tokens.left_of(added[number])
@@ -157,7 +173,7 @@ class Reduction:
 
     def _name_slots(self, lengths: list[int] | None) -> None:
         slots, stages = get_forward_context().slot_mapping, 0
-        if not slots:
+        if not slots or not self.config.prune_layers:
             return
         for number, layer in enumerate(self.layers.layers):
             name = layer.self_attn.attn.layer_name
@@ -169,7 +185,8 @@ class Reduction:
 class ReducedModel:
     """Mixed in front of a model class of vLLM's: stock unless `additional_config` asks for a reduction.
 
-    A family says where its text model is in `text_layers`, and what it adds behind layers in `added_behind`.
+    A family says in `text_layers` where its text model is, if elsewhere than most have it, and in `added_behind` what
+    it adds behind layers.
     """
 
     reduction: Reduction | None = None
@@ -190,7 +207,8 @@ class ReducedModel:
 
     def text_layers(self) -> Layers:
         """Where the text model is."""
-        raise NotImplementedError
+        text_model = self.language_model.model
+        return Layers(layers=text_model.layers, norm=text_model.norm)
 
     def added_behind(self, num_tokens: int) -> dict[int, torch.Tensor]:
         """Of the next forward of so many tokens: what is added behind layers, floating [T, H] by layer."""

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from fastmmoe.engines.vllm.families import FAMILIES
 from fastmmoe.engines.vllm.plan import Rules
 from fastmmoe.families import find_preset
+from fastmmoe.families.architecture import dense_layers
 from fastmmoe.methods import FastMMoEConfig
 
 logger = init_logger(f"vllm.{__name__}")
@@ -110,8 +111,10 @@ def check(vllm_config: VllmConfig) -> None:
     if reduces and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend == "auto":
         vllm_config.kernel_config.moe_backend = "triton"  # its weights lie as `moe_experts` reads them
     family, text_config = find_preset(vllm_config.model_config.hf_config)
+    dense = dense_layers(text_config)
     for layer in config.prune_layers:
-        if reason := family.why_not_prune(text_config, layer):
+        reason = "it has no experts" if layer in dense else family.why_not_prune(text_config, layer)
+        if reason:
             raise ValueError(f"prune_layers={config.prune_layers}: layer {layer} cannot prune: {reason}")
     if not config.prune_layers:
         return

@@ -3,7 +3,7 @@
 Every other step, decoding among them, is vLLM's own compiled model, untouched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,10 @@ from fastmmoe.methods import FastMMoEConfig
 from fastmmoe_kernels import PrunedBatch, VisionLayout, last_query_attention, prune_batch
 
 
+def _gate_logits(moe: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return moe.gate(tokens)[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layers:
     """Where a text model of vLLM's keeps what a reduced prefill works on.
@@ -26,12 +30,12 @@ class Layers:
     Attributes:
         layers: the decoder layers.
         norm: behind the last one, called with (hidden, residual).
-        routing: options of `topk_routing` by which its gates choose, `top_k` among them.
+        gate_logits: (a layer's MoE, tokens floating [T, H]) -> its gate's logits, floating [T, E].
     """
 
     layers: nn.ModuleList
     norm: nn.Module
-    routing: Mapping[str, object]
+    gate_logits: Callable[[nn.Module, torch.Tensor], torch.Tensor] = _gate_logits
 
 
 class Tokens:
@@ -69,9 +73,10 @@ def to_device(host: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def prune_layer(
     tokens: Tokens,
+    layers: Layers,
     layer: nn.Module,
+    scoring: str,
     config: FastMMoEConfig,
-    routing: Mapping[str, object],
     positions: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -80,9 +85,10 @@ def prune_layer(
 
     Args:
         tokens: of the step; they are behind the stage afterwards.
-        layer: of the model.
+        layers: of the model.
+        layer: one of them.
+        scoring: how its gate scores, "softmax" or "sigmoid".
         config: what to keep.
-        routing: how its gate scores.
         positions: int64 [..., T].
         hidden, residual: floating [T, H].
 
@@ -103,7 +109,7 @@ def prune_layer(
     hidden, residual = layer.post_attention_layernorm(hidden, residual)
     if any(row.is_pruned_now and row.prompt.removed(tokens.stage + 1) > row.prompt.removed(tokens.stage)
            for row in tokens.step.rows):  # fmt: skip
-        positions, hidden, residual = _prune(tokens, layer, config, routing, positions, hidden, residual, *seen)
+        positions, hidden, residual = _prune(tokens, layers, layer, scoring, config, positions, hidden, residual, *seen)
     else:
         tokens.stage += 1
     return positions, layer.mlp(hidden), residual
@@ -111,9 +117,10 @@ def prune_layer(
 
 def _prune(
     tokens: Tokens,
+    layers: Layers,
     layer: nn.Module,
+    scoring: str,
     config: FastMMoEConfig,
-    routing: Mapping[str, object],
     positions: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor,
@@ -139,8 +146,8 @@ def _prune(
         backend=config.backend,
     )
     short = hidden[padded]  # [P * n, H]
-    logits = layer.mlp.gate(short)[0].float()
-    probs = logits.softmax(-1) if routing.get("scoring", "softmax") == "softmax" else logits.sigmoid()
+    logits = layers.gate_logits(layer.mlp, short).float()
+    probs = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     importance, probs = _agreed(importance, probs.view(rows, width, -1))
     pruned = prune_batch(
         short.view(rows, width, -1),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 import fastmmoe
 from fastmmoe.prefill.installation import plan_in_force
@@ -18,7 +18,9 @@ from .prompts import CASES, CLIPS, Prompts
 
 @cache
 def _loaded(directory: Path) -> tuple[Any, Prompts]:
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(directory)
+    config = getattr(config, "thinker_config", config)
+    model = AutoModelForImageTextToText.from_pretrained(directory, config=config, dtype=torch.float32).eval()
     return model, Prompts(directory)
 
 

@@ -30,6 +30,9 @@ SETTINGS = {
     },
 }  # fmt: skip
 
+# where others cannot prune
+PLACED = {"glm4v_moe": {"redundancy": {"prune_layers": [1, 2, 5]}}}
+
 
 def check(result, directory, reduction, schedules, dense=(), cases=CASES):
     """All answers equal, of cases in `dense` those without pruning; how many differ from the stock model's."""
@@ -61,6 +64,15 @@ def test_continuous_batching(checkpoint, engine, name, setting):
     assert result["tracked"] <= 1 and not any(result["compiled"])
     # text in front of an image, and whole texts, are taken from the prefix cache
     assert result["prefix_hits"] > 0
+
+
+@pytest.mark.parametrize("setting", ["both", "redundancy"])
+@pytest.mark.parametrize("name", ["glm4v_moe", "qwen3_omni_moe_thinker", "aria"])
+def test_further_families(checkpoint, engine, name, setting):
+    directory, reduction = checkpoint(name), SETTINGS[setting] | PLACED.get(name, {}).get(setting, {})
+    schedules = [ALONE, TOGETHER[0], STAGGERED]
+    result = engine(directory, schedules, reduction)
+    assert check(result, directory, reduction, schedules) >= 3
 
 
 @pytest.mark.parametrize("setting", ["both", "redundancy"])
@@ -106,9 +118,10 @@ def test_videos(checkpoint, engine, setting):
     check(result, directory, reduction, schedules, cases=CLIPS | {name: CASES[name] for name in names[2:]})
 
 
-def test_compiled(checkpoint, engine, tmp_path):
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
+def test_compiled(checkpoint, engine, tmp_path, name):
     """The stretches are compiled when the engine starts; the second time, they come from vLLM's cache."""
-    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+    directory, reduction = checkpoint(name), SETTINGS["both"]
     schedules = [ALONE, STAGGERED]
     for _ in range(2):
         result = engine(
@@ -118,11 +131,22 @@ def test_compiled(checkpoint, engine, tmp_path):
         assert result["compiled"] == [True] * 4
 
 
-def test_two_ranks(checkpoint, engine):
-    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
+def test_two_ranks(checkpoint, engine, name):
+    directory, reduction = checkpoint(name), SETTINGS["both"]
     schedules = [*TOGETHER, STAGGERED]
     result = engine(
         directory, schedules, reduction, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2,
         distributed_executor_backend="mp",
     )  # fmt: skip
     check(result, directory, reduction, schedules)
+
+
+def test_dense_layers_do_not_prune(checkpoint, engine):
+    with pytest.raises(AssertionError, match=r"prune_layers=\(0, 2\): layer 0 cannot prune: it has no experts"):
+        engine(checkpoint("glm4v_moe"), [ALONE], {"prune_layers": [0, 2], "retention": 0.5})
+
+
+def test_sliding_windows_are_refused(checkpoint, engine):
+    with pytest.raises(AssertionError, match=r"prune_layers=\(1,\): not supported here: layer 0 is a TransformerBlock"):
+        engine(checkpoint("internvl_gpt_oss"), [ALONE], {"prune_layers": [1], "retention": 0.5, "vision_top_k": None})

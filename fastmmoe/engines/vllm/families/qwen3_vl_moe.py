@@ -1,20 +1,10 @@
 """Qwen3-VL with experts."""
 
-import torch
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
-from fastmmoe.engines.vllm.families.qwen3_moe import qwen3_moe_layers
+from fastmmoe.engines.vllm.families.deepstack import DeepStack
 from fastmmoe.engines.vllm.model import ReducedModel
-from fastmmoe.engines.vllm.prefill import Layers
 
 
-class ReducedQwen3VLMoe(ReducedModel, Qwen3VLMoeForConditionalGeneration):
-    def text_layers(self) -> Layers:
-        return qwen3_moe_layers(self.language_model.model, self.config.text_config)
-
-    def added_behind(self, num_tokens: int) -> dict[int, torch.Tensor]:
-        deepstack = self._get_deepstack_input_embeds(num_tokens)
-        return {} if deepstack is None else dict(enumerate(deepstack.tensors.values()))
-
-    def clear_added(self, num_tokens: int) -> None:
-        self._clear_deepstack_input_embeds(num_tokens)
+class ReducedQwen3VLMoe(DeepStack, ReducedModel, Qwen3VLMoeForConditionalGeneration):
+    pass
