@@ -93,13 +93,15 @@ class VisionExperts:
         self, runner: MoERunner, tokens: Callable[[], Tokens | None], vision_top_k: int, top_k: int, backend: str
     ):
         self._experts, self._stock = runner.routed_experts, runner.routed_experts.forward_modular
+        # weights of the CPU's kernel lie in an order of its own
+        self._is_packed = runner.routed_experts.quant_method.unquantized_backend == UnquantizedMoeBackend.CPU
         self._tokens, self._vision_top_k, self._top_k, self._backend = tokens, vision_top_k, top_k, backend
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, **shared: Any) -> Any:
         tokens = self._tokens()
         if tokens is None or not tokens.n_vision:
             return self._stock(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **shared)
-        if x.device.type == "cpu":
+        if self._is_packed:
             return self._by_kind(tokens, x, topk_weights, topk_ids)
         experts, others = self._experts, len(x) - tokens.n_vision
         return moe_experts(
@@ -113,7 +115,7 @@ class VisionExperts:
         )
 
     def _by_kind(self, tokens: Tokens, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """By the CPU's kernel, whose weights lie in an order of its own: vision tokens in fewer slots, then others."""
+        """By the stock kernel: vision tokens in fewer slots, then the others."""
         output = torch.empty_like(x)
         for rows, top_k in ((tokens.vision, self._vision_top_k), (~tokens.vision, self._top_k)):
             at = rows.nonzero().flatten()
