@@ -3,8 +3,10 @@
 import importlib.metadata
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,6 +221,44 @@ def test_flops_of_deepseek_vl2_by_name():
     assert len(figures["per_layer"]) == 27 and 0.2 < figures["saved"] < 0.4
 
 
+def command_of(*options):
+    """(the words in front of the options, the `additional_config`'s entry, the other options) of a server's command."""
+    words = shlex.split(succeed("serve", *options[:1], "--dry-run", *options[1:]))
+    at = words.index("--additional-config")
+    return words[:at], json.loads(words[at + 1])["fastmmoe"], words[at + 2 :]
+
+
+def test_serve_prints_the_servers_command(checkpoint):
+    words, values, others = command_of(checkpoint)
+    assert Path(words[-1]) == checkpoint and values == {"retention": 0.5} and others == []
+    options = ["--retention", 0.4, "--prune-layers", "2,4", "--vision-top-k", 1, "--keep-by", "redundancy"]
+    _, values, others = command_of(checkpoint, *options, "--", "--port", 8000, "--enforce-eager")
+    assert values == {"retention": 0.4, "prune_layers": [2, 4], "vision_top_k": 1, "keep_by": "redundancy"}
+    assert others == ["--port", "8000", "--enforce-eager"]
+    assert command_of(checkpoint, "--all-experts")[1] == {"retention": 0.5, "vision_top_k": None}
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--retention", 1.5], "retention: expected a number in (0, 1]"),
+        (["--prune-layers", "2,400"], "the model has 16 layers"),
+        (["--all-experts", "--vision-top-k", 2], "--all-experts: expected it or --vision-top-k 2"),
+        (["--", "--additional-config", "{}"], "--additional-config: this command sets it"),
+        (["--", "--additional-config={}"], "--additional-config: this command sets it"),
+    ],
+)
+def test_bad_settings_of_serve_are_one_line(checkpoint, options, says):
+    assert says in refused("serve", checkpoint, *options)
+
+
+def test_serve_without_the_engine_names_the_extra(checkpoint, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    assert "pip install 'fastmmoe[vllm]'" in refused("serve", checkpoint)
+    assert "no such directory" in refused("serve", "./nowhere")
+
+
 def test_full_retention_draws_nothing(tmp_path, picture, checkpoint):
     output = tmp_path / "nothing.png"
     common = ["--model", checkpoint, "--image", picture, "--prompt", "Hi", "--max-new-tokens", 1, "--device", "cpu"]
@@ -246,7 +286,7 @@ def test_doctor_names_this_machine():
     assert torch.__version__ in succeed("doctor")
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "bench", "flops", "time", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "run", "bench", "serve", "flops", "time", "doctor"])
 def test_help_has_an_example(command):
     assert f"Example: fastmmoe {command}" in " ".join(succeed(command, "--help").split())
 

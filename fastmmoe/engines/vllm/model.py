@@ -17,7 +17,7 @@ from vllm.sequence import IntermediateTensors
 from fastmmoe.engines.vllm.experts import reduce_experts, routing_of
 from fastmmoe.engines.vllm.metadata import StageTables, stage_backend
 from fastmmoe.engines.vllm.options import rules_of
-from fastmmoe.engines.vllm.plan import Rules, Step
+from fastmmoe.engines.vllm.plan import Prompt, Row, Rules, Step
 from fastmmoe.engines.vllm.prefill import Layers, Tokens, prune_layer, restore
 from fastmmoe.engines.vllm.requests import Requests
 from fastmmoe.engines.vllm.runners import ReducedModelState, wrap_v1_runner
@@ -151,21 +151,19 @@ class Reduction:
         return hidden, residual
 
     def warm_up(self, positions: torch.Tensor, hidden: torch.Tensor, added: Mapping[int, torch.Tensor]) -> None:
-        """Compile the stretches, once, on any tokens: the stages between them are left out."""
-        context = get_forward_context()
-        if self._is_warm or context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
+        """Once, while vLLM profiles: compile the stretches and the kernels, and let their memory be measured."""
+        context, rules = get_forward_context(), self.requests.rules
+        count = min(len(hidden), rules.longest)
+        if self._is_warm or context.attn_metadata is not None or count < 2:
             return
-        self._is_warm, context.moe_layer_index = True, 0
-        residual, number = None, 0
-        for part in self._parts:
-            if isinstance(part, Stretch):
-                inputs = {str(n): added[n] for n, _ in part.numbered if n in added}
-                hidden, residual = part(positions, hidden, residual, IntermediateTensors(inputs) if inputs else None)
-                number += len(part.numbered)
-            else:
-                hidden, residual = part(positions, hidden, residual)
-                number += 1
-        context.moe_layer_index = 0
+        self._is_warm = True
+        prompt = Prompt.of(rules, count, [(0, count - 1)], wants_logprobs=False)
+        self.step = Step(len(self._tables), [Row(prompt, 0, count, prompt.prunes)])
+        context.moe_layer_index = 0  # another pass of the same forward
+        try:
+            self.run(positions, hidden, added)
+        finally:
+            self.step, context.moe_layer_index = None, 0
 
     def name_slots(self) -> None:
         """Tell a stock forward in which slots layers behind prune stages put keys and values."""
