@@ -28,6 +28,8 @@ from .server import SERVER_ENVIRONMENT, Server, complete, png
 REDUCTION = {"retention": 0.4, "prune_layers": [2, 4, 6]}
 FLAGS = ["--retention", "0.4", "--prune-layers", "2,4,6"]
 OPTIONS = ["--max-model-len", "700", "--max-num-seqs", "16", "--enforce-eager", "--dtype", "float32"]
+# few, so that the cache has been touched all over before its memory is measured
+BLOCKS = ["--num-gpu-blocks-override", "100"]
 NEW_TOKENS = 12
 
 WHAT, WHERE = "What is in this picture?", "Describe the photograph in one sentence."
@@ -79,7 +81,7 @@ def served(checkpoint, tmp_path_factory):
     """(a server by `fastmmoe serve`, what `fastmmoe run` says by case)."""
     directory, folder = checkpoint("internvl_qwen3_moe"), tmp_path_factory.mktemp("server")
     command = [sys.executable, "-m", "fastmmoe.cli", "serve", str(directory), *FLAGS, "--",
-               "--max-num-batched-tokens", "2048", *OPTIONS]  # fmt: skip
+               "--max-num-batched-tokens", "2048", *BLOCKS, *OPTIONS]  # fmt: skip
     with Server(command, str(directory), folder / "server.log") as server:
         # while it starts
         said = {case: ask_by_command(directory, folder, *case) for case in BY_COMMAND}
@@ -259,13 +261,16 @@ def test_one_pixel(server, expected):
 
 
 REQUESTS, CLIENTS = 200, 8
-GROWTH = 48 * 2**20  # bytes, in the second half of the load
+GROWTH = 16 * 2**20  # bytes, in the second half of the load
 
 
 def test_load(server, expected):
     rng = random.Random(0)
     kinds = rng.choices(["answer", "stream", "leave", "malformed", "wrong model"], [9, 4, 4, 3, 1], k=REQUESTS)
     load = [(kind, rng.choice(ASKED), rng.choice(list(MALFORMED))) for kind in kinds]
+    for case in ASKED:
+        # vLLM answers 500 where the second of two clients with a picture that is new overtakes the first
+        server.answer(parts(*case), NEW_TOKENS)
     before = server.metrics()
 
     def send(request):
@@ -299,5 +304,4 @@ def test_load(server, expected):
     assert server.is_healthy() and "EngineDeadError" not in server.log()
     well_formed = [case for kind, case, _ in load if kind in ("answer", "stream", "leave") and case[0]]
     assert added(server, before) == counted([expected(case)[1] for case in well_formed])
-    print(f"memory: {[m / 2**20 for m in memory]}")
     assert memory[1] - memory[0] <= GROWTH
