@@ -27,7 +27,9 @@ from .server import SERVER_ENVIRONMENT, Server, complete, png
 
 REDUCTION = {"retention": 0.4, "prune_layers": [2, 4, 6]}
 FLAGS = ["--retention", "0.4", "--prune-layers", "2,4,6"]
-OPTIONS = ["--max-model-len", "700", "--max-num-seqs", "16", "--enforce-eager", "--dtype", "float32"]
+# whatever else runs on this machine: by default most of its memory has to be free
+OPTIONS = ["--max-model-len", "700", "--max-num-seqs", "16", "--enforce-eager", "--dtype", "float32",
+           "--gpu-memory-utilization", "0.2"]  # fmt: skip
 # few, so that the cache has been touched all over before its memory is measured
 BLOCKS = ["--num-gpu-blocks-override", "100"]
 NEW_TOKENS = 12
