@@ -18,6 +18,7 @@ from pathlib import Path
 import bench_experts
 import bench_overhead
 import bench_prefill
+import bench_vllm
 import contestants
 import plot_prefill
 import prefill_variants
@@ -994,3 +995,38 @@ def test_gpu_script_keeps_to_its_limit(tmp_path):
     done = run_gpu_script(tmp_path, FAKE_PYTHON, limit=0)
     assert done.returncode == 1 and "FAILED prefill: no time left" in done.stdout
     assert not (tmp_path / "out" / "prefill.json").exists()
+
+
+# --- vLLM's server ----------------------------------------------------------------------------------------------------
+
+
+def test_gains_by_hand():
+    """Less time is better, more requests are; ratios are those within each round."""
+    stock = [(40.0, 3.0, 5.0, 80.0), (90.0, 2.0, 4.0, 64.0), (10.0, 2.0, 8.0, 128.0)]
+    ours = [(20.0, 3.0, 10.0, 160.0), (30.0, 4.0, 4.0, 64.0), (10.0, 1.0, 4.0, 64.0)]
+    figures = list(bench_vllm.FIGURES)
+    turns = [
+        {"stock": dict(zip(figures, a, strict=True)), "fastmmoe": dict(zip(figures, b, strict=True))}
+        for a, b in zip(stock, ours, strict=True)
+    ]
+    gains = bench_vllm.gains(turns)
+    assert gains["median_ttft_ms"] == {"median": 2, "least": 1, "most": 3}
+    assert gains["median_tpot_ms"] == {"median": 1, "least": 0.5, "most": 2}
+    assert gains["request_throughput"] == gains["output_throughput"] == {"median": 1, "least": 0.5, "most": 2}
+
+
+def test_two_servers_of_one_model():
+    stock, ours = (bench_vllm.server_command("m", r, 8000, ["--dtype", "float32"]) for r in (None, {"retention": 0.5}))
+    asked = ours.index("--additional-config")
+    assert json.loads(ours[asked + 1]) == {"fastmmoe": {"retention": 0.5}}
+    assert ours[:asked] + ours[asked + 2 :] == stock and stock[-2:] == ["--dtype", "float32"]
+
+
+def test_image_size():
+    assert bench_vllm.read_size("896x448") == (896, 448)
+    for wrong in ("896", "896x", "x448", "0x448", "-1x2", "896 x 448"):
+        with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
+            bench_vllm.read_size(wrong)
+    options = bench_vllm.client_options("http://h:1", "m", 3, 2, (896, 448), 64, 16, 8, 4)
+    # vLLM's client says heights first
+    assert options[options.index("--random-mm-bucket-config") + 1] == "{(448, 896, 1): 1.0}"
