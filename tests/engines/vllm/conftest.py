@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",  # threads of several processes on few cores only wait for each other
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
@@ -27,7 +28,14 @@ RUNNERS = {
     "V1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
     "V2": {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
 }
-OPTIONS = {"enforce_eager": True, "max_model_len": 700, "max_num_seqs": 16, "max_num_batched_tokens": 4096}
+# vLLM asks for nearly all memory to be free, whatever it takes
+OPTIONS = {
+    "gpu_memory_utilization": 0.2,
+    "enforce_eager": True,
+    "max_model_len": 700,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 4096,
+}
 
 
 @pytest.fixture(scope="session")
