@@ -16,7 +16,7 @@ from vllm.sequence import IntermediateTensors
 
 from fastmmoe.engines.vllm.experts import reduce_experts, routing_of
 from fastmmoe.engines.vllm.metadata import StageTables, stage_backend
-from fastmmoe.engines.vllm.options import rules_of
+from fastmmoe.engines.vllm.options import check_graphs, rules_of
 from fastmmoe.engines.vllm.plan import Prompt, Row, Rules, Step
 from fastmmoe.engines.vllm.prefill import Layers, Tokens, prune_layer, restore
 from fastmmoe.engines.vllm.requests import Requests
@@ -194,6 +194,7 @@ class ReducedModel:
         rules = rules_of(vllm_config)
         if rules is None:
             return
+        check_graphs(vllm_config)  # vLLM may have chosen others since it started
         layers = self.text_layers()
         device = next(layers.layers.parameters()).device
         self.reduction = Reduction(rules, layers, vllm_config, device)

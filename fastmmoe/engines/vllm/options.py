@@ -46,6 +46,20 @@ def read_config(vllm_config: VllmConfig) -> FastMMoEConfig | None:
         raise
 
 
+def check_graphs(vllm_config: VllmConfig) -> None:
+    """Refuse graphs of steps with prefills: their numbers of tokens are fixed, and nothing in them is looked at again.
+
+    Raises:
+        ValueError: `cudagraph_mode` has such graphs.
+    """
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
+        raise ValueError(
+            f"additional_config[{KEY!r}]: not supported with cudagraph_mode {mode.name}, whose graphs hold prefills; "
+            "expected FULL_AND_PIECEWISE, FULL_DECODE_ONLY, PIECEWISE or NONE"
+        )
+
+
 def _is_asked_for(vllm_config: VllmConfig) -> bool:
     given = vllm_config.additional_config
     return isinstance(given, Mapping) and given.get(KEY) is not None
@@ -103,11 +117,7 @@ def check(vllm_config: VllmConfig) -> None:
     refused = [name for name, stands in obstacles.items() if stands]
     if refused:
         raise ValueError(f"additional_config[{KEY!r}]: not supported with {', '.join(refused)}; leave it out")
-    if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
-        raise ValueError(
-            f"additional_config[{KEY!r}]: not supported with cudagraph_mode FULL, whose graphs hold prefills; expected "
-            "FULL_AND_PIECEWISE, FULL_DECODE_ONLY, PIECEWISE or NONE"
-        )
+    check_graphs(vllm_config)
     if reduces and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend == "auto":
         vllm_config.kernel_config.moe_backend = "triton"  # its weights lie as `moe_experts` reads them
     family, text_config = find_preset(vllm_config.model_config.hf_config)

@@ -98,6 +98,7 @@ def test_bad_settings(configure, reduction, said):
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "--enable-expert-parallel"),
         ({"enable_lora": True}, "--enable-lora"),
+        ({"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": False}, "cudagraph_mode FULL"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
             "--speculative-config",
