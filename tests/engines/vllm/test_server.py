@@ -206,7 +206,7 @@ def test_metrics_of_merging_and_of_long_prompts(checkpoint, reference, tmp_path)
     """Another family, by vLLM's own command: windows merge; two pictures are more than a step is sure to hold."""
     directory, settings = checkpoint("qwen3_vl_moe"), {"retention": 0.4, "prune_layers": (3, 5), "merge_ratio": 0.3}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
-               "--additional-config", json.dumps({"fastmmoe": settings}), "--max-num-batched-tokens", "100",
+               "--additional-config", json.dumps({"fastmmoe": settings}), "--max-num-batched-tokens", "250",
                *OPTIONS]  # fmt: skip
     short, long = ((MIDDLE,), WHAT), ((MIDDLE, SMALL), WHAT)
     with Server(command, str(directory), tmp_path / "server.log") as server:
