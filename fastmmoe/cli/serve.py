@@ -53,6 +53,9 @@ def serve(
         "prune_layers": read_layers(prune_layers),
         "keep_by": keep_by,
     }
+    if retention == 1.0 and (prune_layers or keep_by or all_experts):
+        option = "--prune-layers" if prune_layers else "--keep-by" if keep_by else "--all-experts"
+        fail(f"{option}: without effect at --retention 1.0, which prunes nothing")
     values = {name: value for name, value in given.items() if value is not None}
     if all_experts:
         values["vision_top_k"] = None
@@ -62,8 +65,11 @@ def serve(
         # before vLLM starts, which takes minutes
         register_ports()
         fastmmoe.FastMMoEConfig.preset(AutoConfig.from_pretrained(model), **values)
-    if any(option.split("=")[0] == "--additional-config" for option in others or ()):
-        fail("--additional-config: this command sets it, expected other options of `vllm serve` alone")
+    for option in others or ():
+        name = option.split("=")[0].replace("_", "-")
+        # it may be shortened, or go on with a dot and an entry
+        if name.startswith("--additional") or name == "--model":
+            fail(f"{name}: this command sets it, expected other options of `vllm serve` alone")
     if not dry_run:
         need("vllm", "vllm")
     options = ["--additional-config", json_module.dumps({"fastmmoe": values}), *(others or ())]

@@ -246,6 +246,11 @@ def test_serve_prints_the_servers_command(checkpoint):
         (["--all-experts", "--vision-top-k", 2], "--all-experts: expected it or --vision-top-k 2"),
         (["--", "--additional-config", "{}"], "--additional-config: this command sets it"),
         (["--", "--additional-config={}"], "--additional-config: this command sets it"),
+        (["--", "--additional_config", "{}"], "--additional-config: this command sets it"),
+        (["--", "--additional-config.fastmmoe.retention", 0.3], "--additional-config.fastmmoe.retention: this command"),
+        (["--", "--model", "another"], "--model: this command sets it"),
+        (["--retention", 1.0, "--all-experts"], "--all-experts: without effect at --retention 1.0"),
+        (["--retention", 1.0, "--prune-layers", "2,4"], "--prune-layers: without effect at --retention 1.0"),
     ],
 )
 def test_bad_settings_of_serve_are_one_line(checkpoint, options, says):

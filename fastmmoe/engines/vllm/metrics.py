@@ -36,8 +36,9 @@ class Counts:
         self._counter["dropped"] += left[0] - left[-1]
         self._counter["pruned"] += prompt.prunes
         for stage, entering in enumerate(prompt.left[:-1]):
-            # one run has the fewest windows; with more runs the bound by their number is no smaller
-            plan = prune_plan([entering], config.stage_keep_ratios[stage], config.merge_ratio, config.window)
+            # behind the first stage the device alone knows the runs; one run of them has the fewest windows
+            runs = [entering] if stage else [end - start for start, end in prompt.vision]
+            plan = prune_plan(runs, config.stage_keep_ratios[stage], config.merge_ratio, config.window)
             self._counter["merged"] += plan.merged
 
     def send(self, stats: SchedulerStats) -> None:

@@ -125,7 +125,9 @@ class Reduction:
         mode, context.cudagraph_runtime_mode = context.cudagraph_runtime_mode, CUDAGraphMode.NONE
         self.tokens = tokens
         try:
-            hidden, residual = self._run_parts(tokens, positions[..., :count], hidden[:count], added)
+            # compiled code goes by the strides it was compiled with, and behind a stage there are no gaps
+            positions = positions[..., :count].contiguous()
+            hidden, residual = self._run_parts(tokens, positions, hidden[:count], added)
             hidden, _ = self.layers.norm(hidden, residual)
             return restore(tokens, hidden, length)
         finally:

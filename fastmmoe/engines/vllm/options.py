@@ -35,6 +35,9 @@ def read_config(vllm_config: VllmConfig) -> FastMMoEConfig | None:
     """
     if not _is_asked_for(vllm_config):
         return None
+    architecture = vllm_config.model_config.architecture
+    if architecture not in FAMILIES:
+        raise ValueError(f"additional_config[{KEY!r}]: supports {', '.join(FAMILIES)}, not {architecture}")
     values = vllm_config.additional_config[KEY]
     if not isinstance(values, Mapping):
         raise TypeError(f"additional_config[{KEY!r}]: expected an object of fields of FastMMoEConfig, got {values!r}")
@@ -87,12 +90,10 @@ def check(vllm_config: VllmConfig) -> None:
         ValueError: an option that cannot be combined; names it and what to set.
     """
     if not _is_asked_for(vllm_config):
+        _warn_of_misplaced(vllm_config)
         return
     if not is_supported():
         raise ValueError(f"additional_config[{KEY!r}]: supports vLLM {VERSION}, this is {vllm.__version__}")
-    architecture = vllm_config.model_config.architecture
-    if architecture not in FAMILIES:
-        raise ValueError(f"additional_config[{KEY!r}]: supports {', '.join(FAMILIES)}, not {architecture}")
     config = read_config(vllm_config)
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     reduces = config.vision_top_k is not None
@@ -104,6 +105,7 @@ def check(vllm_config: VllmConfig) -> None:
         "--decode-context-parallel-size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "--enable-dbo": parallel.enable_dbo,
+        "--runner pooling": vllm_config.model_config.runner_type == "pooling",
         "--enable-lora": vllm_config.lora_config is not None,
         "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
@@ -121,18 +123,25 @@ def check(vllm_config: VllmConfig) -> None:
     if reduces and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend == "auto":
         vllm_config.kernel_config.moe_backend = "triton"  # its weights lie as `moe_experts` reads them
     family, text_config = find_preset(vllm_config.model_config.hf_config)
+    top_k = getattr(text_config, family.top_k)
+    if config.vision_top_k in (None, top_k) and all(ratio == 1.0 for ratio in config.stage_keep_ratios):
+        raise ValueError(
+            f"additional_config[{KEY!r}]: reduces nothing: vision_top_k={config.vision_top_k} of {top_k} and "
+            f"retention={config.retention}; expected fewer experts, or a retention below 1"
+        )
     dense = dense_layers(text_config)
     for layer in config.prune_layers:
         reason = "it has no experts" if layer in dense else family.why_not_prune(text_config, layer)
         if reason:
             raise ValueError(f"prune_layers={config.prune_layers}: layer {layer} cannot prune: {reason}")
-    if not config.prune_layers:
-        return
     if scheduler.scheduler_cls not in (None, SCHEDULER):
         raise ValueError(
             f"additional_config[{KEY!r}]: not supported with scheduler_cls={scheduler.scheduler_cls!r}, which may run "
             f"image prompts in chunks; leave it out, or give {SCHEDULER}"
         )
+    scheduler.scheduler_cls = SCHEDULER
+    if not config.prune_layers:
+        return
     longest, most = rules_of(vllm_config).longest, vllm_config.model_config.max_model_len
     if longest < 2:
         raise ValueError(
@@ -146,4 +155,11 @@ def check(vllm_config: VllmConfig) -> None:
             longest,
             most + scheduler.max_num_seqs - 1,
         )
-    scheduler.scheduler_cls = SCHEDULER
+
+
+def _warn_of_misplaced(vllm_config: VllmConfig) -> None:
+    """Say so where settings stand beside the entry that they belong in."""
+    given = vllm_config.additional_config
+    misplaced = sorted({"retention", "keep_ratios", "prune_layers", "vision_top_k"} & set(given or ()))
+    if misplaced and isinstance(given, Mapping):
+        logger.warning("fastmmoe: off: additional_config has %s, expected in its entry %r", ", ".join(misplaced), KEY)

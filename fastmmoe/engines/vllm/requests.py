@@ -36,6 +36,7 @@ class Requests:
     def __init__(self, rules: Rules):
         self.rules = rules
         self._prompts: dict[str, Prompt] = {}
+        self._owners: dict[str, object] = {}
         self._short: set[str] = set()
 
     def add(
@@ -44,12 +45,16 @@ class Requests:
         length: int,
         features: Sequence[MultiModalFeatureSpec] | None,
         sampling: SamplingParams | None,
+        owner: object = None,
     ) -> None:
+        """Know a request, in place of an earlier one of that name; `owner` is what the runner keeps of it."""
         self.remove(name)
+        self._owners[name] = owner
         self._prompts[name] = read_prompt(self.rules, length, features, sampling)
 
     def remove(self, name: str) -> None:
         self._prompts.pop(name, None)
+        self._owners.pop(name, None)
         self._short.discard(name)
 
     def keep(self, names: Iterable[str]) -> None:
@@ -57,8 +62,9 @@ class Requests:
         for name in self._prompts.keys() - set(names):
             self.remove(name)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._prompts
+    def knows(self, name: str, owner: object) -> bool:
+        """Whether it is the same request: a name may be used again."""
+        return self._owners.get(name) is owner
 
     def step(self, names: Sequence[str], computed: Sequence[int], new: Sequence[int]) -> Step | None:
         """The plan of a forward; None for one of requests that nobody sent: profiling, or capturing a graph."""

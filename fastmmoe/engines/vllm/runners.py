@@ -64,8 +64,8 @@ def _step_of(runner: Any, reduction: Any, new: dict[str, int] | None) -> Any:
     requests.keep(runner.requests)
     names = batch.req_ids
     for name in names:
-        if name not in requests:
-            state = runner.requests[name]
-            requests.add(name, state.num_prompt_tokens, state.mm_features, state.sampling_params)
+        state = runner.requests[name]
+        if not requests.knows(name, state):
+            requests.add(name, state.num_prompt_tokens, state.mm_features, state.sampling_params, state)
     computed = batch.num_computed_tokens_cpu[: len(names)]
     return requests.step(names, computed, [new[name] for name in names])

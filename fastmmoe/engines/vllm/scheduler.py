@@ -24,7 +24,8 @@ class WholeImages:
 
     It waits for a step whose budget holds it; requests behind it wait too, so it is the next one. The prefix cache
     gets the blocks in front of its first vision token alone: those behind depend on the question. It takes none from
-    it, for the last token's attention needs the keys of them all.
+    it, for the last token's attention needs the keys of them all. So it is with every prompt with vision tokens where
+    their number decides what they take: the same image would have other keys beside another one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -36,8 +37,9 @@ class WholeImages:
         stock = coordinator.cache_blocks
 
         def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-            prompt = self._prompt(request)
-            stock(request, min(num_computed_tokens, prompt.vision[0][0]) if prompt.prunes else num_computed_tokens)
+            if self._has_own_blocks(request):
+                num_computed_tokens = min(num_computed_tokens, self._prompt(request).vision[0][0])
+            stock(request, num_computed_tokens)
 
         coordinator.cache_blocks = cache_blocks
 
@@ -66,8 +68,13 @@ class WholeImages:
             )
         return prompt
 
+    def _has_own_blocks(self, request: Request) -> bool:
+        """Whether its blocks with vision tokens are none that another prompt has."""
+        prompt = self._prompt(request)
+        return prompt.prunes or bool(prompt.vision) and self._rules.config.min_vision_tokens > 0
+
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple:
-        if self._prompt(request).prunes:
+        if self._has_own_blocks(request):
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         return super()._get_local_prefix_cache_hit(request)
 
@@ -84,6 +91,8 @@ class WholeImages:
         )
         prompt = self._prompt(request)
         if prompt.prunes and num_computed_tokens + found[1] < prompt.length:
+            # the images that it found cached are not held while it waits: others may need the room
+            self.encoder_cache_manager.free(request)
             return [], 0, encoder_compute_budget, [], []
         return found
 

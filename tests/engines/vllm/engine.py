@@ -26,7 +26,7 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
         directory: of the checkpoint.
         options: of `vllm.LLM`.
         schedules: each `names` of cases, and `every`: a request arrives every so many steps; 0: all at once, None: each
-            once the one before is done.
+            once the one before is done; a list: each in front of that step. `priorities`: of each.
         mutation: name of one in `mutations.py`, to be made first.
 
     Returns:
@@ -65,29 +65,34 @@ def run(directory: str, options: dict[str, Any], schedules: list[dict[str, Any]]
 
 
 def answer(
-    engine: Any, prompts: Any, names: list[str], every: int | None = 0
+    engine: Any, prompts: Any, names: list[str], every: int | list[int] | None = 0, priorities: list[int] | None = None
 ) -> Iterator[tuple[str, list[int]]]:
     from vllm import SamplingParams
 
-    from tests.engines.vllm.prompts import CASES, CLIPS
+    from tests.engines.vllm.prompts import ALL
+
+    def arrives(number: int) -> bool:
+        if isinstance(every, list):
+            return steps >= every[number]
+        return not engine.has_unfinished_requests() if every is None else every == 0 or steps % every == 0
 
     waiting = list(enumerate(names))
     done: dict[str, list[int]] = {}
     steps = 0
     while waiting or engine.has_unfinished_requests():
-        while waiting and (
-            every == 0 or (every is None and not engine.has_unfinished_requests()) or (every and steps % every == 0)
-        ):
+        while waiting and arrives(waiting[0][0]):
             number, name = waiting.pop(0)
-            case = (CASES | CLIPS)[name]
+            case = ALL[name]
             params = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=not case.stops)
-            engine.add_request(str(number), prompts.request(case), params)
-            if every:
+            priority = priorities[number] if priorities else 0
+            engine.add_request(str(number), prompts.request(case), params, priority=priority)
+            if isinstance(every, int) and every:
                 break
         for output in engine.step():
             if output.finished:
                 done[output.request_id] = list(output.outputs[0].token_ids)
         steps += 1
+        assert steps < 5000, f"{waiting} wait for ever"
     for number, name in enumerate(names):
         yield name, done[str(number)]
 

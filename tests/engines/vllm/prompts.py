@@ -98,6 +98,14 @@ CLIPS = {
     "image and video": Case((SMALL, "and", Clip((64, 64), 4), "What is it?"), 12),
 }
 
+# of the first one's image, the second one's is the first; the third one's are others
+WAITING = {
+    "one to cache": Case((SMALL, "What is it?"), 4),
+    "one more": Case((SMALL, "and", MIDDLE, "Which?"), 4),
+    "two others": Case((MIDDLE, "and", SMALL, "Which?"), 4),
+}
+ALL = CASES | CLIPS | WAITING
+
 
 @dataclass
 class Prompts:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 import fastmmoe
 from fastmmoe.prefill.installation import plan_in_force
 
-from .prompts import CASES, CLIPS, Prompts
+from .prompts import ALL, Prompts
 
 
 @cache
@@ -32,7 +32,7 @@ def answer(directory: Path, name: str, values: dict[str, Any] | None) -> tuple[l
 @cache
 def _answer(directory: Path, name: str, values: str | None) -> tuple[list[int], list[list[int]]]:
     model, prompts = _loaded(directory)
-    case = (CASES | CLIPS)[name]
+    case = ALL[name]
     inputs = prompts.inputs(case)
     end = model.generation_config.eos_token_id if case.stops else None
     settings = GenerationConfig(max_new_tokens=case.new_tokens, do_sample=False, eos_token_id=end, pad_token_id=0)
@@ -50,7 +50,7 @@ def _answer(directory: Path, name: str, values: str | None) -> tuple[list[int], 
 def prompt_of(directory: Path, name: str) -> tuple[int, tuple[tuple[int, int], ...]]:
     """(length, [start, end) of runs of vision tokens) of a case's prompt."""
     model, prompts = _loaded(directory)
-    ids = prompts.inputs((CASES | CLIPS)[name])["input_ids"][0]
+    ids = prompts.inputs(ALL[name])["input_ids"][0]
     places = (model.config.image_token_id, getattr(model.config, "video_token_id", None))
     vision = sum(ids == place for place in places if place is not None).int()
     edges = torch.nn.functional.pad(vision, (1, 1)).diff().nonzero().flatten().tolist()

@@ -45,9 +45,14 @@ def test_fields_take_the_place_of_the_preset(configure):
     assert rules_of(config).longest == 1024 - 8 + 1
 
 
-def test_fewer_experts_alone_need_no_scheduler(configure):
+def test_fewer_experts_alone(configure):
     config = configure(EXPERTS)
-    assert config.scheduler_config.scheduler_cls is None and read_config(config).prune_layers == ()
+    assert config.scheduler_config.scheduler_cls == SCHEDULER and read_config(config).prune_layers == ()
+
+
+def test_settings_beside_their_entry_are_said(configure, caplog):
+    assert read_config(configure(additional_config={"retention": 0.5, "another": 1})) is None
+    assert "off: additional_config has retention, expected in its entry 'fastmmoe'" in caplog.text
 
 
 def test_preset_of_the_family(configure):
@@ -82,6 +87,8 @@ def test_other_architectures(configure, monkeypatch):
         ({"retention": "half"}, "retention: expected"),
         (BOTH | {"vision_top_k": 5}, "vision_top_k=5: expected at most the model's 4"),
         ({"retention": 0.5, "prune_layers": [2, 8]}, "the model has 8 layers"),
+        ({"vision_top_k": None}, "reduces nothing: vision_top_k=None of 4 and retention=1.0"),
+        ({"vision_top_k": 4, "prune_layers": [2]}, "reduces nothing"),
         ({"prune_layers": [4, 2], "retention": 0.5}, "prune_layers: expected layers in rising order"),
     ],
 )
@@ -98,6 +105,7 @@ def test_bad_settings(configure, reduction, said):
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "--enable-expert-parallel"),
         ({"enable_lora": True}, "--enable-lora"),
+        ({"runner": "pooling", "convert": "embed"}, "--runner pooling"),
         ({"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": False}, "cudagraph_mode FULL"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from .engine import geometry
-from .prompts import CASES, CLIPS
+from .prompts import ALL, CASES, CLIPS, WAITING
 from .reference import answer, prompt_of
 
 ALONE = {"names": list(CASES), "every": None}
@@ -129,6 +129,40 @@ def test_compiled(checkpoint, engine, tmp_path, name):
         )
         check(result, directory, reduction, schedules)
         assert result["compiled"] == [True] * 4
+
+
+def test_compiled_in_chunks(checkpoint, engine):
+    """Steps whose vision tokens take fewer experts, and of which none goes."""
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+    schedules = [ALONE, TOGETHER[0]]
+    result = engine(directory, schedules, reduction, enforce_eager=False, **CHUNKS)
+    check(result, directory, reduction, schedules, {case for case in CASES if prompt_of(directory, case)[0] > LONGEST})
+
+
+@pytest.mark.parametrize("setting", ["experts", "both"])
+def test_prompts_with_few_vision_tokens(checkpoint, engine, setting):
+    """They take all experts, and share no blocks of an image with prompts that do not."""
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS[setting] | {"min_vision_tokens": 150}
+    schedules = [ALONE, {"names": [*reversed(CASES)], "every": None}, TOGETHER[0]]
+    result = engine(directory, schedules, reduction, block_size=32)
+    assert check(result, directory, reduction, schedules) >= 3
+    assert answer(directory, "until the end", reduction) == (answer(directory, "until the end", None)[0], [])
+
+
+def test_waiting_prompts_do_not_hold_images(checkpoint, engine):
+    """One that waits for a step with room leaves the encoder's cache to one that is more important."""
+    directory, reduction = checkpoint("qwen3_vl_moe"), SETTINGS["both"]
+    texts = ["long text alone"] * 2
+    schedules = [
+        {"names": ["one to cache"]},
+        {"names": [*texts, "one more", "two others"], "every": [0, 0, 0, 3], "priorities": [0, 0, 5, 1]},
+    ]
+    result = engine(
+        directory, schedules, reduction, max_num_batched_tokens=340, max_num_seqs=4, scheduling_policy="priority",
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    used = {name: ALL[name] for name in (*texts, *WAITING)}
+    check(result, directory, reduction, schedules, cases=used)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
