@@ -18,7 +18,7 @@ from fastmmoe_kernels.experts.tiles import SHARED_MEMORY, TILES, ExpertTiles, ex
 
 BACKENDS = ("torch", "triton")
 # largest error of an element, relative to the root mean square of its token's row
-BOUND = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+BOUND = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6.4e-2}
 # backend and dtype; the interpreter multiplies the bits of bfloat16 numbers as if they were integers
 RUNS = [(b, d) for b in BACKENDS for d in BOUND if HAS_GPU or (b, d) != ("triton", torch.bfloat16)]
 all_runs = pytest.mark.parametrize("backend, dtype", RUNS, ids=lambda v: str(v).removeprefix("torch."))

@@ -34,8 +34,11 @@ SETTINGS = {
 PLACED = {"glm4v_moe": {"redundancy": {"prune_layers": [1, 2, 5]}}}
 
 
-def check(result, directory, reduction, schedules, dense=(), cases=CASES):
-    """All answers equal, of cases in `dense` those without pruning; how many differ from the stock model's."""
+def check(result, directory, reduction, schedules, dense=(), cases=CASES, ranks=1):
+    """All answers equal, of cases in `dense` those without pruning; how many differ from the stock model's.
+
+    Of several ranks, which are processes of their own, survivors are not known.
+    """
     unpruned = {name: value for name, value in reduction.items() if name in ("vision_top_k", "reduction_layer")}
     expected = {name: answer(directory, name, unpruned if name in dense else reduction)[0] for name in cases}
     wrong = [
@@ -44,7 +47,7 @@ def check(result, directory, reduction, schedules, dense=(), cases=CASES):
         for name, tokens in schedule
         if tokens != expected[name]
     ]
-    for name in cases:
+    for name in cases if ranks == 1 else ():
         left = answer(directory, name, reduction)[1]
         found = result["survivors"].get(geometry(*prompt_of(directory, name)), [])
         # once, alone, in a batch or run again after a preemption: always the same
@@ -173,7 +176,7 @@ def test_two_ranks(checkpoint, engine, name):
         directory, schedules, reduction, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2,
         distributed_executor_backend="mp",
     )  # fmt: skip
-    check(result, directory, reduction, schedules)
+    check(result, directory, reduction, schedules, ranks=2)
 
 
 def test_dense_layers_do_not_prune(checkpoint, engine):
