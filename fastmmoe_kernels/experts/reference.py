@@ -71,8 +71,7 @@ def moe_experts_reference(
 
 def activate(gate_up: torch.Tensor, options: ExpertOptions, act: torch.Tensor) -> None:
     """[B, n, N / B] to [n, I], in `act`; may write into `gate_up`."""
-    if options.activation != "silu":  # which PyTorch rounds once
-        gate_up = gate_up.float()
+    gate_up = gate_up.float()  # as in the kernel, an activation is rounded once
     if not options.has_gate:
         out = act.view(len(act), len(gate_up), -1).transpose(0, 1)
         torch.square(F.relu(gate_up, inplace=True), out=out)

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from conftest import DEVICE, HAS_GPU
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,7 @@ from fastmmoe_kernels.experts.tiles import SHARED_MEMORY, TILES, ExpertTiles, ex
 
 BACKENDS = ("torch", "triton")
 # largest error of an element, relative to the root mean square of its token's row
-BOUND = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6.4e-2}
+BOUND = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # backend and dtype; the interpreter multiplies the bits of bfloat16 numbers as if they were integers
 RUNS = [(b, d) for b in BACKENDS for d in BOUND if HAS_GPU or (b, d) != ("triton", torch.bfloat16)]
 all_runs = pytest.mark.parametrize("backend, dtype", RUNS, ids=lambda v: str(v).removeprefix("torch."))
@@ -353,6 +353,7 @@ def test_torch_backend_in_several_blocks(monkeypatch):
     more=st.integers(-40, 60),
     seed=st.integers(0, 2**31),
 )
+@example(num_tokens=90, num_experts=6, top_k=3, more=0, seed=474)  # beyond the bound where each step was rounded
 def test_most_pairs(backend, dtype, num_tokens, num_experts, top_k, more, seed):
     """As many as are active, or more, change nothing; where they are fewer, tokens of rows past them yield NaN."""
     case = make_case(num_tokens, num_experts, top_k, 40, 24, dtype=dtype, seed=seed)
