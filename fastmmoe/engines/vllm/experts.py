@@ -118,7 +118,7 @@ class VisionExperts:
         """By the stock kernel: vision tokens in fewer slots, then the others."""
         output = torch.empty_like(x)
         for rows, top_k in ((tokens.vision, self._vision_top_k), (~tokens.vision, self._top_k)):
-            at = rows.nonzero().flatten()
+            at = rows.nonzero().flatten()  # on a CPU alone: there is no device to wait for
             if len(at):
                 part = self._stock(
                     x=x[at], topk_weights=weights[at, :top_k].contiguous(), topk_ids=ids[at, :top_k].contiguous()

@@ -13,7 +13,8 @@ from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 
 from fastmmoe.engines.vllm.plan import Step
 from fastmmoe.methods import FastMMoEConfig
-from fastmmoe_kernels import PrunedBatch, VisionLayout, last_query_attention, prune_batch
+from fastmmoe.methods.method import StageInput
+from fastmmoe_kernels import PrunedBatch, VisionLayout, last_query_attention
 
 
 def _gate_logits(moe: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ class Tokens:
     """
 
     def __init__(self, step: Step, device: torch.device):
-        self.step, self.device, self.stage = step, device, 0
+        self.step, self.stage = step, 0
         self.vision = to_device(step.vision_rows(), device)
         self.origin = torch.arange(len(self.vision), device=device)
         self.layout: VisionLayout | None = None
@@ -149,20 +150,17 @@ def _prune(
     logits = layers.gate_logits(layer.mlp, short).float()
     probs = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     importance, probs = _agreed(importance, probs.view(rows, width, -1))
-    pruned = prune_batch(
-        short.view(rows, width, -1),
-        residual[padded].view(rows, width, -1),
-        probs,
-        importance,
-        layout,
-        keep_ratio=config.stage_keep_ratios[stage],
-        merge_ratio=config.merge_ratio,
-        window=config.window,
-        alpha=config.alpha,
-        strategy=config.strategy,
-        keep_by=config.keep_by,
-        merge_method=config.merge_method,
-        backend=config.backend,
+    pruned = config.pruning().prune(
+        StageInput(
+            stage=stage,
+            hidden=short.view(rows, width, -1),
+            residual=residual[padded].view(rows, width, -1),
+            layout=layout,
+            seen=importance,
+            prompt=None,
+            gate_probs=lambda _: probs,
+            source=None,
+        )
     )
     return _pack(tokens, pruned, padded.view(rows, width), packed, positions, hidden, residual)
 

@@ -1,6 +1,6 @@
 """vLLM's hook for an architecture's config: options are checked before anything is loaded."""
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from fastmmoe.engines.vllm.options import check
@@ -22,7 +22,3 @@ class _Checked(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         check(vllm_config)
         super().verify_and_update_config(vllm_config)
-
-    @classmethod
-    def verify_and_update_model_config(cls, model_config: ModelConfig) -> None:
-        super().verify_and_update_model_config(model_config)
