@@ -136,12 +136,14 @@ def checked(default: Any, check: Callable[[str, Any], Any]) -> Any:
     return field(default=default, metadata={"check": check})
 
 
-def int_from(low: int) -> Callable[[str, Any], int]:
+def int_from(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+    expected = f"an int >= {low}" if high is None else f"an int in {low}..{high}"
+
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name}: expected an int >= {low}, got {value!r} ({type(value).__name__})")
-        if value < low:
-            raise ValueError(f"{name}: expected an int >= {low}, got {value!r}")
+            raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
         return int(value)
 
     return check

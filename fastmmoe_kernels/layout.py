@@ -15,6 +15,7 @@ import torch
 
 from fastmmoe_kernels.checks import check_float, check_int, check_tensor
 
+MOST_TOKENS = 2**30  # kernels count them in 32 bits
 INT_MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64)
 
 
@@ -38,7 +39,7 @@ def prune_plan(runs: Sequence[int], keep_ratio: float, merge_ratio: float, windo
         runs: lengths of the sample's runs of consecutive vision tokens, in order.
         keep_ratio: share of the vision tokens that this stage keeps, in (0, 1].
         merge_ratio: share of the survivors that are merged windows, in [0, 1].
-        window: tokens per window, >= 1.
+        window: tokens per window, 1 to 2**30.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range.
@@ -55,7 +56,7 @@ def check_prune_ratios(keep_ratio: float, merge_ratio: float, window: int) -> No
     """Refuse a `keep_ratio`, `merge_ratio` or `window` out of range."""
     check_float("keep_ratio", keep_ratio, 0.0, 1.0, low_open=True)
     check_float("merge_ratio", merge_ratio, 0.0, 1.0)
-    check_int("window", window, 1)
+    check_int("window", window, 1, MOST_TOKENS)
 
 
 def _target_and_most_merged(n_vis: int, keep_ratio: float, merge_ratio: float, window: int) -> tuple[int, int]:
@@ -171,7 +172,7 @@ class VisionLayout:
 
         Reads the device: not for the hot path.
         """
-        check_int("window", window, 1)
+        check_int("window", window, 1, MOST_TOKENS)
         samples = []
         for ranks in self.run_rank.tolist():
             sample: list[list[int]] = []

@@ -86,7 +86,8 @@ def flops(
         n_vision: vision tokens, likewise.
         config: what is reduced: a `FastMMoEConfig` or a baseline's.
         vision_left: per prune layer, the vision tokens of each sample behind it, as they were measured; None counts
-            them from `config`, which counts that depend on the data do not allow.
+            them from `config`, which counts that depend on the data do not allow, and nothing is reduced for fewer
+            than `config.min_vision_tokens`.
 
     Raises:
         TypeError, ValueError: an unknown name or architecture, token counts that are no counts, do not pair up or

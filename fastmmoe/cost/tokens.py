@@ -56,12 +56,14 @@ def count_tokens(
         raise ValueError(f"n_vision: expected {len(text)} samples like n_text, got {len(vision)}")
     if sum(text) + sum(vision) == 0:
         raise ValueError("n_text and n_vision: expected at least one token, got none")
-    left = _vision_left(config, vision, vision_left)
+    # the stock model runs
+    is_skipped = vision_left is None and 0 < sum(vision) < config.min_vision_tokens
+    left = {} if is_skipped else _vision_left(config, vision, vision_left)
     layers = []
     before = vision
     for layer in range(architecture.num_hidden_layers):
         behind = left.get(layer, before)
-        is_reduced = config.vision_top_k is not None and layer >= config.reduction_layer
+        is_reduced = not is_skipped and config.vision_top_k is not None and layer >= config.reduction_layer
         layers.append(
             LayerTokens(
                 layer=layer,

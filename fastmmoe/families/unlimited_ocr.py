@@ -12,14 +12,15 @@ from fastmmoe.families.gates import unnormalised_softmax_gate
 from fastmmoe.families.tiling import WHOLE, Tiling, fitted, grid
 
 
-def _mask(*, past_key_values: Cache | None, layer_idx: int, **options: Any) -> torch.Tensor | None:
+def _mask(*, layer_idx: int, **options: Any) -> torch.Tensor | None:
     """The mask of one layer; transformers takes the length of the prompt from the first one, which sees all of it."""
     from transformers.models.unlimited_ocr.modeling_unlimited_ocr import create_reference_sliding_window_causal_mask
 
+    (name,) = options.keys() & {"cache", "past_key_values"}
     # some caches make a layer when it is first written to
-    layers = [] if past_key_values is None else past_key_values.layers[layer_idx : layer_idx + 1]
-    alone = Cache(layers=layers) if layers else None
-    return create_reference_sliding_window_causal_mask(past_key_values=alone, layer_idx=0, **options)
+    layers = [] if options[name] is None else options[name].layers[layer_idx : layer_idx + 1]
+    options[name] = Cache(layers=layers) if layers else None
+    return create_reference_sliding_window_causal_mask(layer_idx=0, **options)
 
 
 def _tilings(config: Any, processor: Any, images: Sequence[Any], inputs: Mapping[str, Any]) -> list[Tiling]:

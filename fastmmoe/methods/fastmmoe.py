@@ -13,6 +13,7 @@ from fastmmoe.families import find_preset
 from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.method import AttentionCall, Pruning, StageInput, last_row
 from fastmmoe_kernels import PrunedBatch, prune_batch
+from fastmmoe_kernels.layout import MOST_TOKENS
 
 STRATEGIES = ("hybrid", "routing_similarity", "dynamic_attention")
 MERGE_METHODS = ("mlerp", "mean")
@@ -39,7 +40,7 @@ class FastMMoEConfig(StagedConfig):
             keeps `retention ** (1 / m)`. Stays at 1.0 when `keep_ratios` is given.
         keep_ratios: the share each stage keeps of the vision tokens that enter it, in (0, 1], one per prune layer.
         merge_ratio: share of a stage's survivors that are merged windows, in [0, 1].
-        window: tokens per window, W, at least 1.
+        window: tokens per window, W, 1 to 2**30.
         alpha: weight of routing similarity against attention in the redundancy of "hybrid", in [0, 1].
         strategy: "hybrid", "routing_similarity" or "dynamic_attention".
         merge_method: "mlerp" or "mean".
@@ -63,7 +64,7 @@ class FastMMoEConfig(StagedConfig):
     retention: float = 1.0
     keep_ratios: tuple[float, ...] | None = None
     merge_ratio: float = checked(0.025, share)
-    window: int = checked(3, int_from(1))
+    window: int = checked(3, int_from(1, MOST_TOKENS))
     alpha: float = checked(0.5, share)
     strategy: str = checked("hybrid", choice(STRATEGIES))
     merge_method: str = checked("mlerp", choice(MERGE_METHODS))

@@ -49,7 +49,7 @@ def random_importance(layout: VisionLayout, seed: int, layer: int) -> torch.Tens
 
 @lru_cache(maxsize=256)
 def _random_row(n: int, seed: int, layer: int) -> tuple[int, ...]:
-    # layers draw independently
-    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    # layers draw independently; a generator takes 64 bits
+    generator = torch.Generator().manual_seed((seed * 100_003 + layer) % 2**63)
     # the numbers of a permutation, not random numbers: no ties, which would favour early tokens
     return tuple(torch.randperm(n, generator=generator).tolist())

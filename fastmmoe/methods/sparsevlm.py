@@ -240,13 +240,16 @@ def attention_ranks(attention: torch.Tensor, raters: torch.Tensor, layout: Visio
     """Rank of each sample's rater x vision matrix. Reads the device: the one host read of rank-adaptive pruning.
 
     Singular values count above `max(raters, vision tokens) * 2**-23` of the largest, torch's tolerance for float32.
+    A sample whose attention is not finite has full rank, so that it keeps all tokens.
 
     Args:
         attention, raters: from `vision_scores`; zeros around a sample's own matrix do not change its rank.
     """
     sizes = layout.device_table((layout.n_vision,))[0]
     tolerance = torch.finfo(torch.float32).eps * torch.maximum(raters.sum(1), sizes)
-    return tuple(torch.linalg.matrix_rank(attention, rtol=tolerance).tolist())
+    finite = attention.isfinite().all(-1).all(-1)
+    ranks = torch.linalg.matrix_rank(torch.where(finite[:, None, None], attention, 0.0), rtol=tolerance)
+    return tuple(torch.where(finite, ranks, sizes).tolist())
 
 
 def density_peaks(

@@ -1,14 +1,19 @@
 """What a pruned cache must remember, so that later forwards on it know which of its keys stand for which tokens."""
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 
 from fastmmoe.prefill.running import RUNNING
 
+# what transformers calls a cache among the arguments of its functions; callers may use the older name still
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 CACHE_STATE = "_fastmmoe_state"  # attribute of a transformers cache: CacheState
 
 
@@ -49,7 +54,7 @@ class CacheState:
         removed = self.length - seen
         if removed > self.tail:
             raise RuntimeError(
-                f"past_key_values: cropped to {seen} tokens, into the {self.length - self.tail} that hold pruned "
+                f"{CACHE}: cropped to {seen} tokens, into the {self.length - self.tail} that hold pruned "
                 "vision tokens; start from a fresh cache"
             )
         if removed > 0:
@@ -91,7 +96,7 @@ class _Pruned:
             if forward is None or forward.cache is not self:
                 layers = state_of(self).prune_layers
                 raise RuntimeError(
-                    f"past_key_values: holds vision tokens that were pruned at layers {layers}, and FastMMoE is not "
+                    f"{CACHE}: holds vision tokens that were pruned at layers {layers}, and FastMMoE is not "
                     "enabled on the model that now runs on it; enable it as it was, or start from a fresh cache"
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -112,9 +117,32 @@ def _restored(kind: type, attributes: dict[str, Any]) -> Cache:
     return cache
 
 
+def cache_in(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache among a forward's arguments or outputs, by whichever of its names."""
+    found = arguments.get("past_key_values")
+    return arguments.get("cache") if found is None else found
+
+
 def state_of(cache: Cache | None) -> CacheState | None:
     """What a cache remembers of its pruned tokens; None: it holds none."""
     return getattr(cache, CACHE_STATE, None)
+
+
+def check_lengths(cache: Cache, first_stage: int) -> None:
+    """Refuse a cache that was pruned but remembers nothing of it, as one made anew from the tensors of another.
+
+    Raises:
+        RuntimeError: a layer behind the first prune layer holds fewer tokens than that one.
+    """
+    ends = cache.layers[first_stage : first_stage + 1] + cache.layers[-1:]
+    if len(ends) < 2 or any(type(layer) is not DynamicLayer for layer in ends):
+        return  # others count on the device, or have reasons of their own to be shorter
+    full, last = (layer.get_seq_length() for layer in ends)
+    if 0 < last < full:
+        raise RuntimeError(
+            f"{CACHE}: its layers hold {full} tokens and {last}: vision tokens were pruned, and which of them is not "
+            "known any more; go on with the cache itself, or its copy.deepcopy, or start from a fresh one"
+        )
 
 
 def remember(cache: Cache, state: CacheState) -> None:

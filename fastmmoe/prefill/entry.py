@@ -3,8 +3,11 @@
 What the thread runs is set here and in `text.py`, and put back at the end, however it ends.
 """
 
+import functools
 import inspect
 import warnings
+from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -12,6 +15,21 @@ import torch
 from fastmmoe.prefill.patch import Patch
 from fastmmoe.prefill.running import RUNNING, Call
 from fastmmoe.prefill.sequence import ForwardPass
+
+_HOST_READ = "fastmmoe: a prefill reads on the host which of its tokens are vision tokens"
+
+
+def _in_eager_mode(call: Callable) -> Callable:
+    """torch.compile does not trace the call itself, but what is called inside; torch.export is refused."""
+    disabled = torch.compiler.disable(call, recursive=False, reason=_HOST_READ)
+
+    @functools.wraps(disabled)  # with the mark that torch.compile goes by
+    def checked(self: "EntryPatch", *args: Any, **kwargs: Any) -> Any:
+        if self.live and torch.compiler.is_exporting():
+            raise RuntimeError(f"{_HOST_READ}, and cannot be exported; call fastmmoe.disable(model) first")
+        return disabled(self, *args, **kwargs)
+
+    return checked
 
 
 class EntryPatch(Patch):
@@ -26,7 +44,12 @@ class EntryPatch(Patch):
     def prepare(self) -> None:
         self._names = [name for name in inspect.signature(type(self.module).forward).parameters if name != "self"]
 
-    @torch.compiler.disable(recursive=False)
+    @property
+    def __code__(self) -> CodeType:
+        # torch.export asks where a forward stands
+        return inspect.unwrap(type(self.module).forward).__code__
+
+    @_in_eager_mode
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.live:
             return self.stock(*args, **kwargs)

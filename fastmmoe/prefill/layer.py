@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastmmoe.families.kinds import layer_kind
+from fastmmoe.prefill.cache import cache_in
 from fastmmoe.prefill.patch import Patch
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import NO_EFFECT, ForwardPass, Stage
@@ -37,7 +38,8 @@ class LayerPatch(Patch):
         if not forward.has_vision or place.stage is None:
             return self._injected(forward, self.stock(*args, **kwargs))
         # the text model makes the cache itself if it was not given one
-        forward.cache = kwargs.get("past_key_values", forward.cache)
+        cache = cache_in(kwargs)
+        forward.cache = forward.cache if cache is None else cache
         if not plan.pruning.prunes(place.stage, forward.segments[-1].layout):
             forward.segments.append(forward.segments[-1])
             return self._injected(forward, self.stock(*args, **kwargs))

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, packed_sequence_mask_function
 
 from fastmmoe.families.kinds import RECURRENT
-from fastmmoe.prefill.cache import CacheState, remember
+from fastmmoe.prefill.cache import CACHE, CacheState, remember
 from fastmmoe.prefill.masks import CallerMask, cut_pairs, visible_pairs
 from fastmmoe.prefill.packing import Packing
 from fastmmoe.prefill.place import Place, Token
@@ -290,13 +290,13 @@ class ForwardPass:
             if "flash" in self.text_config._attn_implementation:
                 return None
             sample = segment.packing.sample.to(hidden.device).unsqueeze(0)
-            options |= {"attention_mask": None, "past_key_values": None, "allow_is_causal_skip": False}
+            options |= {"attention_mask": None, CACHE: None, "allow_is_causal_skip": False}
             options["and_mask_function"] = packed_sequence_mask_function(sample)
         else:
             # that there is padding is known here: transformers would read the device to find out
             full = self.is_full(number)
             options["attention_mask"] = None if full else self.key_mask(number, hidden.device)
-            options |= {"past_key_values": self.cache, "layer_idx": layer, "allow_is_causal_skip": full}
+            options |= {CACHE: self.cache, "layer_idx": layer, "allow_is_causal_skip": full}
         return make(**(options | getattr(make, "keywords", {})))
 
     def gathered(self, name: str, kind: str, number: int, value: Any, dim: int = 1) -> Any:

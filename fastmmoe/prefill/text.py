@@ -7,7 +7,7 @@ import torch
 
 from fastmmoe.families.kinds import CHUNKED, FULL, SLIDING, layer_kinds
 from fastmmoe.prefill.attention import register_capture
-from fastmmoe.prefill.cache import CacheState, forget, state_of
+from fastmmoe.prefill.cache import CACHE, CacheState, cache_in, check_lengths, forget, state_of
 from fastmmoe.prefill.entry import EntryPatch
 from fastmmoe.prefill.masks import CallerMask
 from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout, read_positioned_layout
@@ -53,8 +53,10 @@ class TextPatch(EntryPatch):
 
     def _forward_pass(self, call: Call, inputs: dict[str, Any], vision: torch.Tensor | None) -> ForwardPass | None:
         """What the layers work from; None: the stock model runs."""
-        plan, cache, layout = call.plan, inputs.get("past_key_values"), self.installation.layout
+        plan, cache, layout = call.plan, cache_in(inputs), self.installation.layout
         state = state_of(cache)
+        if state is None and cache is not None and plan is not None and plan.stages:
+            check_lengths(cache, plan.first_stage)
         if plan is None or (vision is None and layout is None and state is None):
             self._warn_of_embeddings(call, inputs)
             return None
@@ -102,7 +104,7 @@ class TextPatch(EntryPatch):
         """Whether transformers takes a row for several samples where its position ids begin anew."""
         use_cache, positions = inputs.get("use_cache"), _text_positions(inputs)
         use_cache = self.module.config.use_cache if use_cache is None else use_cache
-        absent = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None and not use_cache
+        absent = inputs.get("attention_mask") is None and cache_in(inputs) is None and not use_cache
         if not absent or positions is None or inputs["position_ids"].dim() not in self.installation.family.rows_by:
             return False
         return positions.dim() == 2 and positions.shape[0] == 1
@@ -120,7 +122,7 @@ class TextPatch(EntryPatch):
                 "position_ids: expected [4, 1, T] with cu_seq_lens_q, those of text and in time, height and width; "
                 "give them to pack_batch"
             )
-        if inputs.get("past_key_values") is not None or inputs.get("use_cache") is not False:
+        if cache_in(inputs) is not None or inputs.get("use_cache") is not False:
             raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")
         if inputs.get("attention_mask") is not None:
             raise ValueError("attention_mask: expected None with cu_seq_lens_q, got one")
@@ -142,7 +144,7 @@ class TextPatch(EntryPatch):
                 f"fixed_layout, got {batch} of {n}"
             )
         if state is not None:
-            raise ValueError("past_key_values: expected an empty cache within fixed_layout, got one of a prefill")
+            raise ValueError(f"{CACHE}: expected an empty cache within fixed_layout, got one of a prefill")
         if not layout.is_full and inputs.get("attention_mask") is None:
             raise ValueError("attention_mask: expected one for a layout with padding, got None")
         if not any(layout.n_vision):
@@ -272,16 +274,16 @@ class TextPatch(EntryPatch):
     def _check_state(self, plan: Plan, state: CacheState, batch: int) -> None:
         """Refuse a pruned cache that this forward cannot go on from."""
         if state.packed:
-            raise RuntimeError("past_key_values: holds several samples packed in one row; nothing is decoded from it")
+            raise RuntimeError(f"{CACHE}: holds several samples packed in one row; nothing is decoded from it")
         there, here = (state.prune_layers, state.prunes_behind_layer), plan.config
         if there != (here.prune_layers, here.prunes_behind_layer):
             raise RuntimeError(
-                f"past_key_values: holds vision tokens that were pruned at layers {state.prune_layers}, and the config "
+                f"{CACHE}: holds vision tokens that were pruned at layers {state.prune_layers}, and the config "
                 f"now enabled prunes at {here.prune_layers or 'none'}; enable it as it was, or start from a fresh cache"
             )
         if state.batch_size != batch:
             raise RuntimeError(
-                f"past_key_values: holds pruned vision tokens of {state.batch_size} samples, got a batch of {batch}"
+                f"{CACHE}: holds pruned vision tokens of {state.batch_size} samples, got a batch of {batch}"
             )
 
     def _warn_of_embeddings(self, call: Call, inputs: dict[str, Any]) -> None:

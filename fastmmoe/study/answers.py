@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import fastmmoe
 from fastmmoe.config import ReductionConfig
+from fastmmoe.prefill.cache import CACHE, cache_in
 from fastmmoe.prefill.installation import plan_in_force
 from fastmmoe.study.prompts import Batch
 
@@ -75,8 +76,8 @@ def answer(
                 input_ids=token[:, None],
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=output.past_key_values,
                 use_cache=True,
+                **{CACHE: cache_in(output)},
             )
     return [_until(row, end) for row in torch.stack(said, 1).tolist()]
 

@@ -154,7 +154,7 @@ def _batch(prompts: Sequence[Prompt], numbers: tuple[int, ...]) -> Batch:
 def _is_embeddings_alone(arguments: dict[str, Any]) -> bool:
     """Whether what a text model is called with follows from its embeddings and their order."""
     positions = arguments.get("position_ids")
-    known = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+    known = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
     others = (value for name, value in arguments.items() if name not in known)
     is_plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in others)
     return is_plain and (positions is None or positions.dim() == 2)

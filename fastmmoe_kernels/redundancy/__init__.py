@@ -4,7 +4,7 @@ import torch
 
 from fastmmoe_kernels.backend import resolve_backend
 from fastmmoe_kernels.checks import check_choice, check_float, check_int, check_tensor
-from fastmmoe_kernels.layout import VisionLayout
+from fastmmoe_kernels.layout import MOST_TOKENS, VisionLayout
 from fastmmoe_kernels.library import register
 from fastmmoe_kernels.redundancy.reference import window_scores_reference
 
@@ -27,7 +27,7 @@ def window_redundancy(
         probs: float32 [B, n, E], the gate's probabilities at this layer; only vision tokens are read.
         importance: float32 [B, n], attention probability from the sample's last token; only vision tokens are read.
         layout: where the vision tokens are.
-        window: tokens per window, >= 1; windows do not cross the end of a run of vision tokens.
+        window: tokens per window, 1 to 2**30; windows do not cross the end of a run of vision tokens.
         alpha: weight of the routing similarity under "hybrid", in [0, 1].
         strategy: "hybrid" (C = alpha * S - (1 - alpha) * A), "routing_similarity" (C = S) or
             "dynamic_attention" (C = -A).
@@ -66,7 +66,7 @@ def check_layout(name: str, layout: object, tensor: object) -> None:
 
 def check_redundancy_settings(window: int, alpha: float, strategy: str) -> None:
     """Refuse a `window`, `alpha` or `strategy` out of range."""
-    check_int("window", window, 1)
+    check_int("window", window, 1, MOST_TOKENS)
     check_float("alpha", alpha, 0.0, 1.0)
     check_choice("strategy", strategy, STRATEGIES)
 

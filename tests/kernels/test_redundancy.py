@@ -84,6 +84,7 @@ def test_opcheck(backend):
     ("change", "error", "message"),
     [
         ({"window": 0}, ValueError, "window"),
+        ({"window": 2**30 + 1}, ValueError, r"window: expected an int in 1\.\.1073741824"),
         ({"window": True}, TypeError, "window"),
         ({"alpha": 1.5}, ValueError, "alpha"),
         ({"alpha": float("nan")}, ValueError, "alpha"),

@@ -349,6 +349,14 @@ def test_random_is_a_permutation_that_depends_on_seed_and_layer_alone(side):
     assert not any(torch.equal(importance, other) for other in others)
 
 
+@pytest.mark.parametrize("seed", [2**62, 2**63, 2**64 - 1, 2**64, 10**30])
+def test_a_seed_of_any_size(seed):
+    layout = padded([[2, 9, 3]]).layout
+    order = random_importance(layout, seed, 40)
+    assert sorted(order[layout.vision_mask].tolist()) == list(range(9))
+    assert not torch.equal(order, random_importance(layout, seed + 1, 40))
+
+
 def test_random_keeps_every_token_equally_often():
     layout = VisionLayout.from_mask(torch.ones(1, 10, dtype=torch.bool))
     draws_of = [random_importance(layout, seed, layer)[0] for seed in range(500) for layer in (1, 2)]
@@ -411,6 +419,20 @@ def test_rank_counts_independent_rows():
     rows[0, :, :8] = torch.rand(5, 2) @ torch.rand(2, 8)
     attention, _ = vision_scores(rows, torch.ones(1, 5, dtype=torch.bool), samples.layout)
     assert attention_ranks(attention, torch.ones(1, 5, dtype=torch.bool), samples.layout) == (2,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@sides
+def test_a_sample_that_is_not_finite_keeps_all_tokens_and_leaves_the_others_alone(side, value):
+    samples = padded([[3, 9, 2], [1, 30, 9], [2, 2, 5]], side)
+    query, key, _ = maps(samples)
+    positions = question_positions(samples.layout)
+    rows = attention_rows(query, key, positions, scale=0.3, key_mask=samples.layout.valid_mask)
+    attention, _ = vision_scores(rows, positions >= 0, samples.layout)
+    want = attention_ranks(attention, positions >= 0, samples.layout)
+    attention[1, int((positions[1] >= 0).nonzero()[0]), samples.layout.vision_mask[1]] = value
+    assert attention_ranks(attention, positions >= 0, samples.layout) == (want[0], 30, want[2])
+    assert SparseVLMConfig().counts_at(0, 30, 30).kept == 30
 
 
 def clustered(tokens: list[torch.Tensor], clusters: list[int]) -> list[list[naive_baselines.Cluster]]:

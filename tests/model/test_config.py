@@ -94,6 +94,7 @@ BAD = [
     ("alpha", None, TypeError),
     ("alpha", np.bool_(True), TypeError),
     ("window", 0, ValueError),
+    ("window", 2**30 + 1, ValueError),
     ("window", 3.0, TypeError),
     ("strategy", "random", ValueError),
     ("strategy", None, TypeError),

@@ -346,6 +346,89 @@ def test_beams_follow_their_images():
         )
 
 
+@pytest.fixture
+def turns():
+    """(a prompt of two images, its first turn, which ends two words in front of the second image)."""
+    prompt = tiny_deepseek_batch([[(1, 1), (2, 1)]])
+    vision = prompt["images_seq_mask"]
+    cut = int((vision[0].int().diff() == 1).nonzero()[1]) - 1
+    first = {name: prompt[name][:, :cut] for name in ("input_ids", "attention_mask", "images_seq_mask")}
+    first |= {"images": prompt["images"][:, :2], "images_spatial_crop": prompt["images_spatial_crop"][:, :1]}
+    return prompt, first
+
+
+NEW = {"images": slice(2, None), "images_spatial_crop": slice(1, None)}
+SECOND_TURN = {
+    "all-images": lambda prompt, new, cut: prompt,
+    "new-images": lambda prompt, new, cut: prompt | new,
+    "new-images-and-mask": lambda prompt, new, cut: (
+        prompt | new | {"images_seq_mask": prompt["images_seq_mask"][:, cut:]}
+    ),
+    "new-tokens": lambda prompt, new, cut: (
+        prompt | new | {name: prompt[name][:, cut:] for name in ("input_ids", "images_seq_mask")}
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", SECOND_TURN)
+def test_a_second_turn_with_a_new_image(form, turns):
+    """In every form in which a conversation can be given to `generate` together with its cache."""
+    model, (prompt, first) = tiny_deepseek_vl2("base"), turns
+    cut = first["input_ids"].shape[1]
+    new = {name: prompt[name][:, place] for name, place in NEW.items()}
+    want = generate(model, prompt)
+    cache = model(**first, use_cache=True).past_key_values
+    assert torch.equal(generate(model, SECOND_TURN[form](prompt, new, cut), past_key_values=cache), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 7, 20, 200])
+def test_a_prompt_in_chunks(size, turns):
+    """Chunks end inside of images, and the two samples' images lie in different chunks."""
+    model = tiny_deepseek_vl2("small")
+    for prompt in (turns[0], tiny_deepseek_batch([[(1, 1)], [(1, 2), (2, 1)]])):
+        assert torch.equal(generate(model, prompt, prefill_chunk_size=size), generate(model, prompt))
+
+
+@torch.no_grad()
+def test_a_second_turn_in_chunks(turns):
+    model, (prompt, first) = tiny_deepseek_vl2("tiny"), turns
+    cut, want = first["input_ids"].shape[1], generate(model, prompt)
+    assert int(prompt["images_seq_mask"].sum()) > 30
+    for inputs in (prompt, prompt | {name: prompt[name][:, place] for name, place in NEW.items()}):
+        cache = model(**first, use_cache=True).past_key_values
+        assert torch.equal(generate(model, inputs, past_key_values=cache, prefill_chunk_size=9), want)
+    short = prompt | {"images_seq_mask": prompt["images_seq_mask"][:, cut:]}
+    with pytest.raises(ValueError, match="images_seq_mask: "):
+        cache = model(**first, use_cache=True).past_key_values
+        generate(model, short, past_key_values=cache, prefill_chunk_size=9)
+
+
+@torch.no_grad()
+def test_embeddings_to_generate(turns):
+    model, (prompt, _) = tiny_deepseek_vl2("base"), turns
+    inputs = prompt | {"inputs_embeds": model.get_input_embeddings()(prompt["input_ids"])}
+    assert torch.equal(generate(model, without(inputs, "input_ids")), generate(model, prompt))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prompt: prompt | {"images_spatial_crop": prompt["images_spatial_crop"].flip(2)[:, :1]},
+        lambda prompt: prompt | {"images_spatial_crop": prompt["images_spatial_crop"][:, [0, 1, 1]].clamp_max(1)},
+        lambda prompt: prompt | {"images_seq_mask": prompt["images_seq_mask"][:, 1:]},
+    ],
+    ids=["too-few", "too-many", "narrow-mask"],
+)
+def test_images_of_a_second_turn_that_do_not_fit(change, turns):
+    model, (prompt, first) = tiny_deepseek_vl2("tiny"), turns
+    cache = model(**first, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="images_seq_mask: "):
+        generate(model, change(prompt | {"images": prompt["images"].repeat(1, 2, 1, 1, 1)}), past_key_values=cache)
+
+
 def without(inputs, name):
     return {key: value for key, value in inputs.items() if key != name}
 

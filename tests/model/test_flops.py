@@ -1,5 +1,6 @@
 """FLOPs: the hand figures of the method, PyTorch's own counter on tiny models, batches, bad input."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from fastmmoe.cost.flops import flops
+from fastmmoe.cost.prefill_time import prefill_time
 from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of
 from fastmmoe.families.architecture import Layer, Mixer, Mlp
 from fastmmoe.methods import FastMMoEConfig
@@ -232,6 +234,21 @@ def test_a_batch_is_the_sum_of_its_samples(samples):
     assert batch.per_layer[12].moe_tokens == sum(r.per_layer[12].moe_tokens for r in alone)
     assert 0.0 <= batch.saved < 1.0
     assert all(r.saved == 0.0 for r, (_, v) in zip(alone, samples, strict=True) if v == 0)
+
+
+def test_too_few_vision_tokens_are_not_reduced():
+    """As in a forward: what counts is the whole batch, and what was measured goes before."""
+    config = FastMMoEConfig(vision_top_k=4, prune_layers=(5, 8), retention=0.25, min_vision_tokens=600)
+    without = replace(config, min_vision_tokens=0)
+    for n in ([599], [299, 300]):
+        few = flops(INTERNVL, [9] * len(n), n, config)
+        assert few.saved == 0 and all(layer.reduced == layer.dense for layer in few.per_layer)
+        assert prefill_time(INTERNVL, [9] * len(n), n, config).speedup == 1
+    for n in ([600], [300, 300], [0]):
+        assert flops(INTERNVL, [9] * len(n), n, config) == flops(INTERNVL, [9] * len(n), n, without)
+    left = [[300], [150]]
+    measured = flops(INTERNVL, 9, 599, config, vision_left=left)
+    assert measured.saved > 0 and measured == flops(INTERNVL, 9, 599, without, vision_left=left)
 
 
 def test_a_single_vision_token_is_never_pruned():

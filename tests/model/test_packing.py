@@ -10,6 +10,7 @@ from fastmmoe.prefill.packing import Packing, read_packed_layout
 from fastmmoe_kernels import VisionLayout
 
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl
+from .tiny_deepseek import tiny_deepseek_batch, tiny_deepseek_vl2
 
 PRUNE = dict(prune_layers=(1, 3), retention=0.4, merge_ratio=0.3)
 CONFIGS = {
@@ -59,6 +60,20 @@ def test_a_packed_sample_gets_what_it_gets_alone(config, images, attention):
                 alone.append(fastmmoe.report(model).tokens_per_layer)
     together = [[tokens[b] for tokens in report.tokens_per_layer] for b, count in enumerate(images) if count]
     assert together == [[tokens[0] for tokens in sample] for sample in alone]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_packed_sample_of_deepseek_vl2_gets_what_it_gets_alone(config):
+    """Its processor pads images per sample; the row has those of all samples."""
+    model, batch = tiny_deepseek_vl2("base"), tiny_deepseek_batch([[(1, 1)], [], [(2, 1), (1, 2)]])
+    with torch.no_grad(), fastmmoe.enabled(model, config):
+        packed = fastmmoe.pack_batch(batch)
+        got = model(**packed).logits[0]
+        for row, end in enumerate(packed["cu_seq_lens_q"][1:].tolist()):
+            valid = batch["attention_mask"][row].bool()
+            alone = {name: value[row : row + 1] for name, value in batch.items() if name != "attention_mask"}
+            alone |= {name: alone[name][:, valid] for name in ("input_ids", "images_seq_mask")}
+            torch.testing.assert_close(got[end - 1], model(**alone).logits[0, -1], rtol=1e-3, atol=1e-3)
 
 
 def test_layers_see_no_padding():

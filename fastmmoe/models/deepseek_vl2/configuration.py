@@ -90,7 +90,7 @@ class DeepseekVLV2TextConfig(PreTrainedConfig):
 
     model_type = "deepseek_v2"
     base_config_key = "language_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
 
     vocab_size: int = 102400

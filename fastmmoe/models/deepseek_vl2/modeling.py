@@ -1,6 +1,5 @@
 """DeepSeek-VL2 for transformers: vision tower, projector, the image tokens' places in the text, language model."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,35 +8,12 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, SiglipVisionModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from fastmmoe.models.deepseek_vl2.configuration import DeepseekVLV2Config, DeepseekVLV2VisionConfig
-from fastmmoe.models.deepseek_vl2.image_tokens import image_token_index, tokens_per_side
+from fastmmoe.models.deepseek_vl2.image_tokens import image_token_index, num_image_tokens, tokens_per_side
 from fastmmoe.models.deepseek_vl2.text_model import DeepseekVLV2TextModel, TakesExpertsImplementation
-
-
-@dataclass
-class DeepseekVLV2ModelOutput(ModelOutput):
-    """What `DeepseekVLV2Model` returns; `last_hidden_state` is [B, n, H], behind the final norm."""
-
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class DeepseekVLV2CausalLMOutput(ModelOutput):
-    """What `DeepseekVLV2ForCausalLM` returns; `logits` are float32 [B, n or logits_to_keep, vocabulary]."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class DeepseekVLV2VisionModel(TakesExpertsImplementation, SiglipVisionModel):
@@ -78,7 +54,7 @@ class DeepseekVLV2PreTrainedModel(TakesExpertsImplementation, PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekVLV2DecoderLayer", "SiglipEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -126,8 +102,7 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
         counts = [sum(1 + wide * high for wide, high in sample) for sample in crops]
         if not any(counts):
             return [self.image_newline.new_empty(0, self.image_newline.shape[0])] * len(crops)
-        vision = self.config.vision_config
-        side = tokens_per_side(vision.image_size, vision.patch_size, self.multi_modal_projector.ratio)
+        side = self._side
         tiles = torch.cat([sample[:count] for sample, count in zip(images, counts, strict=True)])
         features = self.multi_modal_projector(self.vision_tower(pixel_values=tiles).last_hidden_state)
         table = torch.cat((features.flatten(0, 1), self.image_newline[None], self.view_separator[None]))
@@ -142,6 +117,16 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
                 first += 1 + wide * high
             sequences.append(table[torch.cat(index).to(table.device)])
         return sequences
+
+    def image_lengths(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[int]:
+        """How many tokens the images of every sample make; arguments and errors as `get_image_features`."""
+        crops = self._crops(images, images_spatial_crop)
+        return [sum(num_image_tokens(wide, high, self._side) for wide, high in sample) for sample in crops]
+
+    @property
+    def _side(self) -> int:
+        vision = self.config.vision_config
+        return tokens_per_side(vision.image_size, vision.patch_size, self.multi_modal_projector.ratio)
 
     def _crops(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[list[tuple[int, int]]]:
         """Per sample, the local tiles (wide, high) of its images: those in front of the first row with a zero."""
@@ -172,6 +157,7 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
         images: torch.Tensor,
         images_seq_mask: torch.Tensor | None,
         images_spatial_crop: torch.Tensor | None,
+        images_seq_start: torch.Tensor | None,
     ) -> torch.Tensor:
         """Write the images' tokens over embeds [B, n, H] where the mask [B, n] is true."""
         if images_spatial_crop is None:
@@ -185,6 +171,11 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
             raise ValueError(f"images_seq_mask: expected {list(embeds.shape[:2])}, got {list(images_seq_mask.shape)}")
         mask = images_seq_mask.to(embeds.device, torch.bool)
         places = mask.sum(1).tolist()
+        if images_seq_start is not None:
+            starts = images_seq_start.tolist()
+            sequences = [s[start : start + place] for s, start, place in zip(sequences, starts, places, strict=True)]
+        elif len(places) == 1:
+            sequences = [torch.cat(sequences)]  # of samples behind one another in a row
         for sample, (place, sequence) in enumerate(zip(places, sequences, strict=True)):
             if place != len(sequence):
                 raise ValueError(
@@ -201,21 +192,25 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
         images: torch.Tensor | None = None,
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
+        images_seq_start: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> DeepseekVLV2ModelOutput:
+    ) -> MoeModelOutputWithPast:
         """One pass over the tokens.
 
         Args:
             input_ids: [B, n]; or inputs_embeds, [B, n, H].
             attention_mask: [B, past + n], true at valid tokens; None: all are.
-            images: [B, tiles, 3, S, S], values in [-1, 1]; None without images.
+            images: [B, tiles, 3, S, S], values in [-1, 1]; None without images. One row of several samples has the
+                images of them all, in order, [samples, tiles, 3, S, S].
             images_seq_mask: [B, n], true (any dtype) where an image's tokens go, in order; token ids do not matter.
             images_spatial_crop: [B, images, 2], local tiles (wide, high); all zeros: text only.
+            images_seq_start: int64 [B], how many of the images' tokens came in earlier passes, where this one does not
+                have all of them; None: it does.
             position_ids: [B or 1, n], may have gaps; None: 0, 1, 2, ... in every row, padding included.
+            kwargs: what the language model takes besides, its cache among them.
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, or images that do not fit the mask.
@@ -225,21 +220,15 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if images is not None:
-            inputs_embeds = self._merge_images(inputs_embeds, images, images_seq_mask, images_spatial_crop)
-        outputs = self.language_model(
+            inputs_embeds = self._merge_images(
+                inputs_embeds, images, images_seq_mask, images_spatial_crop, images_seq_start
+            )
+        return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
-        )
-        return DeepseekVLV2ModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.get("router_logits"),
         )
 
 
@@ -278,14 +267,14 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         images: torch.Tensor | None = None,
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
+        images_seq_start: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> DeepseekVLV2CausalLMOutput:
+    ) -> MoeCausalLMOutputWithPast:
         """Logits of the next tokens; arguments and errors as `DeepseekVLV2Model.forward`.
 
         Args:
@@ -298,8 +287,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
             images=images,
             images_seq_mask=images_seq_mask,
             images_spatial_crop=images_spatial_crop,
+            images_seq_start=images_seq_start,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -309,18 +298,15 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.language_config.vocab_size, **kwargs)
-        return DeepseekVLV2CausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return MoeCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         images: torch.Tensor | None = None,
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
@@ -328,17 +314,65 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Images go with the prompt: into the first pass, and into every pass without a cache."""
+        """Images go with the prompt: into the passes that have its tokens, and into every pass without a cache."""
+        # transformers has called it by two names
+        named = {"past_key_values": past_key_values, "cache": cache}
+        cache = past_key_values if cache is None else cache
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+            input_ids,
+            **{name: value for name, value in named.items() if value is not None},
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
         )
-        if images is not None and (is_first_iteration or not use_cache):
-            if images_seq_mask is not None:
-                # without a cache the generated tokens, which are text, are passed again
-                images_seq_mask = F.pad(images_seq_mask, (0, input_ids.shape[1] - images_seq_mask.shape[1]))
-            inputs |= {
-                "images": images,
-                "images_seq_mask": images_seq_mask,
-                "images_spatial_crop": images_spatial_crop,
-            }
-        return inputs
+        if images is None or not (is_first_iteration or not use_cache):
+            return inputs
+        inputs |= {"images": images, "images_spatial_crop": images_spatial_crop, "images_seq_mask": images_seq_mask}
+        if images_spatial_crop is None or images_seq_mask is None:
+            return inputs  # which `forward` refuses
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask, start = self._places_of_pass(images, images_seq_mask, images_spatial_crop, past, tokens.shape[1])
+        is_chunk = past > 0 and images_seq_mask.shape[1] > past + tokens.shape[1]
+        if is_chunk and inputs.get("input_ids") is not None and len(tokens.cpu()[mask].unique()) > 1:
+            raise ValueError(
+                "images_seq_mask: expected one for all tokens, those in the cache included, where a prompt comes in "
+                "chunks; it is true at different tokens"
+            )
+        if not mask.any():
+            return inputs | {"images": None}
+        return inputs | {"images_seq_mask": mask, "images_seq_start": start}
+
+    def _places_of_pass(
+        self, images: torch.Tensor, mask: torch.Tensor, crop: torch.Tensor, past: int, n: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where tokens of the images go among the n that follow `past`, and how many come in front of those.
+
+        Args:
+            images, crop: of all images of the prompt, or of those whose tokens are not in the cache.
+            mask: `images_seq_mask` [B, N] of the whole prompt, or of its n new tokens.
+
+        Raises:
+            ValueError: images that do not fit the mask.
+        """
+        mask = mask.bool().cpu()
+        if past and mask.shape[1] == n:
+            past = 0
+        if past and mask.shape[1] < past + n:
+            raise ValueError(f"images_seq_mask: expected {past + n} tokens, or the {n} new ones, got {mask.shape[1]}")
+        if mask.shape[1] < n:
+            # without a cache the generated tokens, which are text, are passed again
+            mask = F.pad(mask, (0, n - mask.shape[1]))
+        lengths = torch.tensor(self.model.image_lengths(images, crop))
+        if not lengths.any():
+            mask = torch.zeros_like(mask)  # text only, whatever the mask says
+        before, later = mask[:, :past].sum(1), mask[:, past:].sum(1)
+        start = lengths - later
+        for sample in range(len(mask)):
+            if not 0 <= start[sample] <= before[sample]:
+                raise ValueError(
+                    f"images_seq_mask: sample {sample}'s images make {lengths[sample]} tokens, the mask has "
+                    f"{before[sample] + later[sample]}, {before[sample]} of them in the cache"
+                )
+        return mask[:, past : past + n], start

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import fastmmoe
 
@@ -126,6 +126,20 @@ def test_a_copy_is_a_cache_of_its_own(enabled, family, config, how):
     close(decode(enabled, kv, mask, STEPS)[0], want)
     close(got, want[[1, 0], :2])
     close(decode(enabled, other, other_mask, STEPS[[1, 0], 2:])[0], want[[1, 0], 2:])
+
+
+def test_a_cache_made_anew_of_a_pruned_ones_tensors_is_refused(enabled, family, config):
+    """In a decode step, and in a turn with another image: nothing tells any more which tokens it holds."""
+    model, batch = enabled, batch_of(family)
+    cache = model(**batch, use_cache=True).past_key_values
+    longer = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    step = {"input_ids": torch.tensor([[5], [7]]), "attention_mask": longer}
+    for inputs in (step, batch | {"attention_mask": batch["attention_mask"].repeat(1, 2)}):
+        anew = DynamicCache()
+        for number, layer in enumerate(cache.layers):
+            anew.update(layer.keys.clone(), layer.values.clone(), number)
+        with pytest.raises(RuntimeError, match="its layers hold .* which of them is not known"):
+            model(**inputs, past_key_values=anew)
 
 
 def test_a_pruned_cache_has_shorter_layers_behind(enabled, family):

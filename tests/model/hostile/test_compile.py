@@ -7,7 +7,17 @@ import fastmmoe
 
 from ..tiny import tiny_internvl
 from ..tiny_deepseek import tiny_deepseek_vl2
-from .common import batch_of, config_of, logits_of, vision_of
+from .common import (
+    batch_of,
+    close,
+    config_of,
+    enabled_logits,
+    fresh,
+    layers_of,
+    logits_of,
+    stock_logits,
+    vision_of,
+)
 
 # tracing takes seconds per layer: two of them, the first one a prune layer whose vision tokens take fewer experts
 SHALLOW = {
@@ -113,3 +123,34 @@ def test_fullgraph_is_not_the_stock_model_in_silence():
             continue
         torch.testing.assert_close(got, want, **CLOSE)
     assert torch.equal(logits_of(model, batch), want)
+
+
+@pytest.mark.parametrize("first", ["enabled", "compiled"])
+@pytest.mark.parametrize("number", [1, 2, -1], ids=["a-prune-layer", "between", "the-last"])
+def test_a_layer_exchanged_for_its_compiled_self(family, config, number, first):
+    model, batch = fresh(family), batch_of(family)
+    layers = layers_of(model)
+    for what in ("enabled", "compiled") if first == "enabled" else ("compiled", "enabled"):
+        if what == "enabled":
+            fastmmoe.enable(model, config_of(config))
+        else:
+            layers[number] = torch.compile(layers[number], backend="eager")
+    close(logits_of(model, batch), enabled_logits(family, config))
+    fastmmoe.disable(model)
+    close(logits_of(model, batch), stock_logits(family))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_an_enabled_model_is_refused(strict, config):
+    """What stock transformers exports; afterwards it still does."""
+    model, batch = fresh("internvl"), batch_of("internvl")
+
+    def export(strict):
+        return torch.export.export(model, (), kwargs=batch | {"use_cache": False}, strict=strict)
+
+    fastmmoe.enable(model, config_of(config))
+    with pytest.raises(Exception, match="fastmmoe: a prefill reads on the host"):
+        export(strict)
+    torch.testing.assert_close(logits_of(model, batch), enabled_logits("internvl", config), rtol=0, atol=0)
+    fastmmoe.disable(model)
+    close(export(False).module()(**batch, use_cache=False).logits, stock_logits("internvl"))

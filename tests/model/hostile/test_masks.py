@@ -23,10 +23,12 @@ from .common import (
     enabled_logits,
     fewer_experts_by_hand,
     fresh,
+    generate,
     in_one_row,
     layers_of,
     logits_of,
     positions_of,
+    stock_logits,
     vision_of,
 )
 
@@ -127,6 +129,17 @@ def test_causal_with_padding_is_the_2d_mask(family, config, form, side):
         got, other = run(in_form(causal(batch), form), after)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         assert other == fate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool])
+def test_a_2d_mask_may_have_any_dtype(family, config, dtype):
+    """Which stock models take as well."""
+    batch = batch_of(family)
+    model, inputs = fresh(family), masked(batch, batch["attention_mask"].to(dtype))
+    assert torch.equal(logits_of(model, inputs), stock_logits(family))
+    fastmmoe.enable(model, config_of(config))
+    assert torch.equal(logits_of(model, inputs), enabled_logits(family, config))
+    assert torch.equal(generate(model, inputs), generate(model, batch))
 
 
 @pytest.mark.parametrize("images", [(2,), (1, 2)], ids=["one-sample", "left-padded"])
