@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-oldest test-vllm nightly lint aot wheel bench reference clean
+.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm nightly lint aot wheel bench reference clean
 
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
 	@echo "make test       all tests"
 	@echo "make test-oldest  all tests, and every kernel compiled, under the oldest supported versions"
+	@echo "make test-newest  the same under the newest; make test-versions: both"
 	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
 	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
 	@echo "make lint       ruff"
@@ -54,6 +55,22 @@ test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile --durations=10 $(TESTS)
 	env -u TRITON_INTERPRET $(OLDEST)/bin/python -m fastmmoe_kernels.aot
 
+# the newest ones likewise, on the newest Python they were tested with
+PYTHON_NEWEST ?= python3.13
+NEWEST := .venv-newest
+
+$(NEWEST)/.installed: pyproject.toml setup.py constraints-newest.txt
+	PYENV_VERSION=3.13 $(PYTHON_NEWEST) -m venv $(NEWEST)  # as above
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-newest.txt \
+		--editable ".[test,bench]"
+	touch $@
+
+test-newest: $(NEWEST)/.installed
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest --numprocesses auto --dist loadfile --durations=10 $(TESTS)
+	env -u TRITON_INTERPRET $(NEWEST)/bin/python -m fastmmoe_kernels.aot
+
+test-versions: test-oldest test-newest
+
 # vLLM pins torch, transformers and much else: an environment of its own
 VLLM := .venv-vllm
 PIP_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
@@ -73,7 +90,7 @@ test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest --durations=10 $(or $(TESTS),tests/engines)
 
 # the seed of a failing sequence is printed
-nightly: $(STAMP) test-oldest test-vllm
+nightly: $(STAMP) test-versions test-vllm
 	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
@@ -98,4 +115,4 @@ reference:
 	$(MAKE) -C csrc_ref
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

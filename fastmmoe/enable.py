@@ -9,6 +9,7 @@ from fastmmoe.config import ReductionConfig
 from fastmmoe.prefill.block import Block
 from fastmmoe.prefill.installation import installation_for, installation_of
 from fastmmoe.prefill.plan import Plan
+from fastmmoe.versions import warn_of_untested
 from fastmmoe_kernels import VisionLayout
 
 
@@ -22,7 +23,8 @@ def enable(model: nn.Module, config: ReductionConfig) -> None:
     Which token asks: a prompt's last one. With `logits_to_keep=k` and k > 1 the last k - 1 tokens are candidates (of
     assisted decoding) or answers to be scored, and the token in front of them asks; so logits may depend on k. With
     `use_cache=False`, `generate` prunes anew at every step, and what it has said so far asks. A prompt of
-    `inputs_embeds` without vision features runs on the stock model, with a warning: see `fixed_layout`.
+    `inputs_embeds` without vision features runs on the stock model, with a warning: see `fixed_layout`. Versions of
+    torch, transformers or Triton outside of the tested range get a warning, too.
 
     Args:
         model: a supported multimodal MoE model from transformers, in evaluation mode; with its language head, since
@@ -112,3 +114,4 @@ def _check_arguments(model: nn.Module, config: ReductionConfig) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, ReductionConfig):
         raise TypeError(f"config: expected a FastMMoEConfig or another method's config, got {type(config).__name__}")
+    warn_of_untested()

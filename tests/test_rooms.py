@@ -31,6 +31,7 @@ ROOMS = (
     "fastmmoe_kernels",
     "fastmmoe.models",
     "fastmmoe.config",
+    "fastmmoe.versions",
     "fastmmoe.families",
     "fastmmoe.methods",
     "fastmmoe.engines",  # they have layers of their own, and no use for those of transformers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_flex_attn_available
@@ -13,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 import fastmmoe
 from fastmmoe.cli.extras import EXTRAS, missing_of
 from fastmmoe.cli.videos import DECODER
+from fastmmoe.versions import TESTED, installed, is_tested, tested_range
 from fastmmoe_kernels.backend import resolve_backend
 
 
@@ -40,22 +40,14 @@ def examine() -> list[Finding]:
     return [*_software(), *_device(), *_attention(), _backend(), *_extras(), *_models()]
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 def _software() -> list[Finding]:
-    torchvision, decoder = _version("torchvision"), _version(DECODER)
+    torchvision, decoder = installed("torchvision"), installed(DECODER)
     # torchvision must match torch's build
     advice = "for videos, and for the pictures of some families: https://pytorch.org/get-started"
     return [
         Finding("software", "fastmmoe", fastmmoe.__version__),
         Finding("software", "Python", platform.python_version()),
-        Finding("software", "torch", torch.__version__),
-        Finding("software", "transformers", _version("transformers") or "not installed"),
+        *map(_tested, TESTED),
         Finding(
             "software",
             "torchvision",
@@ -69,6 +61,11 @@ def _software() -> list[Finding]:
             advice="" if decoder else f"for video files other than animated GIF, WebP and PNG: pip install {DECODER}",
         ),
     ]
+
+
+def _tested(name: str) -> Finding:
+    advice = "" if is_tested(name) else f"tested with {tested_range(name)}: pip install '{name}=={TESTED[name][1]}.*'"
+    return Finding("software", name, installed(name) or "not installed", ok=not advice, advice=advice)
 
 
 def _device() -> list[Finding]:
