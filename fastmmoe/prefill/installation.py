@@ -7,6 +7,7 @@ or a forward under way, which ends under the plan it began with.
 
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
@@ -34,21 +35,38 @@ class Installation:
     """What is put on one model, by whom it is held, and what is in force.
 
     Attributes:
-        family, text, parent: the model's family, its text model, and the multimodal model that calls that.
-        layers: the decoder layers, as they were when the installation was made.
+        family: the model's.
         own: the plan that `enable` made the model's own; None: stock.
         blocks_open: how many `enabled` blocks are open, in any thread.
     """
 
     def __init__(self, family: Family, text: nn.Module, parent: nn.Module):
-        self.family, self.text, self.parent = family, text, parent
-        self.layers = [innermost(layer) for layer in self.text.layers]
+        self.family = family
+        # all of them belong to the model, which has the patches, which have this
+        self._text, self._parent = weakref.ref(text), weakref.ref(parent)
+        self._layers = [weakref.ref(innermost(layer)) for layer in text.layers]
         self.own: Plan | None = None
         self.blocks_open = 0
-        self._heads: dict[int, nn.Module] = {}
+        self._heads: list[weakref.ref[nn.Module]] = []
         self._held: dict[Plan | None, int] = {}
         self._patches: dict[tuple[type, int], Patch | ConfigPatch] = {}
         self._lock = threading.RLock()
+
+    # ---------------------------------------------------------------- what it is on
+
+    @property
+    def text(self) -> nn.Module | None:
+        """The text model; None: it is gone."""
+        return self._text()
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The multimodal model that calls it."""
+        return self._parent()
+
+    def layer(self, number: int) -> nn.Module | None:
+        """A decoder layer, as it was when the installation last saw the model."""
+        return self._layers[number]()
 
     # ---------------------------------------------------------------- what is in force
 
@@ -103,14 +121,15 @@ class Installation:
     def see(self, model: nn.Module) -> None:
         """Take the modules as they are now, and know the heads above the text model in `model`: they tell who asks."""
         with self._lock:
-            self.layers = [innermost(layer) for layer in self.text.layers]
+            self._layers = [weakref.ref(innermost(layer)) for layer in self.text.layers]
             found = (module for module in model.modules() if _takes_logits_to_keep(module))
             above = (head for head in found if any(inner is self.parent for inner in head.modules()))
             heads = [head for head in map(innermost, above) if head is not self.parent]
-            # a new dict: forwards read it
-            self._heads = self._heads | {id(head): head for head in heads}
+            known = [head() for head in self._heads]
+            new = [weakref.ref(head) for head in heads if all(head is not one for one in known)]
+            self._heads = self._heads + new  # a new list: forwards read it
             for key, patch in list(self._patches.items()):
-                if not patch.is_on_top:
+                if patch.module is None or not patch.is_on_top:
                     patch.take_off()
                     del self._patches[key]
             self._update()
@@ -133,14 +152,14 @@ class Installation:
             if not self._held[plan]:
                 del self._held[plan]
                 if not self._held:
-                    self._heads = {}
+                    self._heads = []
                 self._update()
 
     def _update(self) -> None:
-        points = [point for plan in self._held for point in self._points(plan)]
+        points = [point for plan in self._held for point in self._points(plan)] if self.text is not None else []
         wanted = {(kind, id(module)): (module, number) for kind, module, number in points}
         for key, patch in list(self._patches.items()):
-            if wanted.get(key, (None, None))[1] != patch.number or key not in wanted:
+            if key not in wanted or wanted[key] != (patch.module, patch.number):
                 patch.take_off()
                 del self._patches[key]
         for key, (module, number) in wanted.items():
@@ -159,13 +178,17 @@ class Installation:
     def _points(self, plan: Plan | None) -> Iterator[tuple[type, nn.Module, int | None]]:
         """What a plan patches: with what, which module, in which layer."""
         family = self.family
-        for head in self._heads.values():
-            yield HeadPatch, head, None
+        for head in self._heads:
+            if head() is not None:
+                yield HeadPatch, head(), None
         yield ParentPatch, self.parent, None
         yield TextPatch, self.text, None
         if plan is None:
             return
-        for number, layer in enumerate(self.layers):
+        for number in range(len(self._layers)):
+            layer = self.layer(number)
+            if layer is None:
+                continue  # exchanged, and gone
             if plan.stages and number >= plan.first_stage:
                 yield LayerPatch, layer, number
             if number in plan.stages:
@@ -193,17 +216,17 @@ class Installation:
         """
         with self._lock:
             layers = [innermost(layer) for layer in self.text.layers]
-            if len(layers) != len(self.layers):
+            if len(layers) != len(self._layers):
                 raise RuntimeError(
-                    f"fastmmoe: no effect: the model has {len(layers)} layers, and had {len(self.layers)} when it was "
+                    f"fastmmoe: no effect: the model has {len(layers)} layers, and had {len(self._layers)} when it was "
                     "enabled; enable it again"
                 )
-            for number, (layer, known) in enumerate(zip(layers, self.layers, strict=True)):
-                if layer is not known:
+            for number, layer in enumerate(layers):
+                if layer is not self.layer(number):
                     self._exchanged(f"layer {number}")
             for kind, module, number in self._points(plan):
                 patch = self._patches.get((kind, id(module)))
-                if patch is None or not patch.is_there:
+                if patch is None or patch.module is not module or not patch.is_there:
                     self._exchanged(type(module).__name__ if number is None else f"layer {number}'s {kind.part}")
 
     @staticmethod
@@ -218,6 +241,12 @@ def _takes_logits_to_keep(module: nn.Module) -> bool:
     return inspect.isfunction(forward) and "logits_to_keep" in inspect.signature(forward).parameters
 
 
+def _known(text: nn.Module) -> Installation | None:
+    found = _ALL.get(id(text))
+    # else it is that of a model that is gone, whose place in memory this one has
+    return found if found is not None and found.text is text else None
+
+
 def installation_of(model: nn.Module) -> Installation | None:
     """The installation on a model, found from any module above or at its text model, or one that it patches.
 
@@ -225,7 +254,7 @@ def installation_of(model: nn.Module) -> Installation | None:
         ValueError: `model` holds several supported models.
     """
     if text_models(model):
-        return _ALL.get(id(find_text_model(model)[1]))
+        return _known(find_text_model(model)[1])
     for module in model.modules():
         for patch in patches_on(module):
             return patch.installation
@@ -242,7 +271,7 @@ def installation_for(model: nn.Module) -> Installation:
         installation = installation_of(model)
         if installation is None:
             found = find_text_model(model)
-            installation = _ALL.get(id(found[1]))
+            installation = _known(found[1])
             if installation is None:
                 installation = _ALL[id(found[1])] = Installation(*found)
         elif any(parent is not installation.parent for _, _, parent in text_models(model)):

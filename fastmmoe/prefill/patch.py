@@ -6,6 +6,7 @@ is still its own; where something else stands on top of it, it stays below and d
 
 import copy
 import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, MethodType
@@ -27,12 +28,11 @@ class Patch:
     """Runs in place of one module's forward. Copies of the module, by deepcopy or pickle, do not have it.
 
     Attributes:
-        module: whose forward it replaces.
+        module: whose forward it replaces; None: it is gone.
         installation: to which it belongs.
         number: of the decoder layer, None outside of one.
         part: what the module is, for errors.
         live: whether it is on; otherwise it only hands on.
-        stock: what the module computes without this patch.
         places: what each plan that needs the patch does at its layer. Behind the module's call, ask this and not
             `number`: torch.compile makes one graph of all layers that have equal places, and one for each number.
         as_method: whether a method of the patch stands in place of the forward, not the patch itself: of a method
@@ -40,14 +40,15 @@ class Patch:
     """
 
     # no __dict__: functools.update_wrapper, which offloading calls on a forward, would copy it
-    __slots__ = ("installation", "module", "number", "live", "stock", "places", "_placed", "_before", "_reduce")
+    __slots__ = ("installation", "number", "live", "places", "_module", "_placed", "_before", "_reduce")
     part = "module"
     as_method = False
 
     def __init__(self, installation: "Installation", module: nn.Module, number: int | None = None):
-        self.installation, self.module, self.number = installation, module, number
+        self.installation, self.number = installation, number
+        # the module has the patch: the other way round it would be freed by the cycle collector alone
+        self._module = weakref.ref(module)
         self.live = False
-        self.stock = own_forward(module)
         self.places: Mapping[Plan, Place] = MappingProxyType({})
         self._placed: Callable | None = None
         self._before: Callable | None = None  # the instance's own forward, if it had one
@@ -59,12 +60,29 @@ class Patch:
         # inside of what offloading has wrapped: there the weights are loaded
         name = FORWARDS["_hf_hook" in attributes and "_old_forward" in attributes]
         self._before = attributes.get(name)
-        self.stock = self._before or own_forward(self.module)
         self.prepare()  # from the next line on another thread may call it
         self._placed = attributes[name] = MethodType(_call, self) if self.as_method else self
         # copy and pickle ask the instance for it, before its class
         self._reduce = attributes[REDUCE] = _StockReduce(self)
         self.live = True
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module()
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes without this patch."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        module = self.module
+        if module is None:
+            raise ReferenceError("fastmmoe: the model of this forward is gone; keep the model, not its forward alone")
+        return type(module).forward(module, *args, **kwargs)
+
+    @property
+    def _stock(self) -> Callable:
+        """The forward that `stock` calls."""
+        return self._before or own_forward(self.module)
 
     def prepare(self) -> None:
         """Read off the module what the patch must know."""
@@ -72,6 +90,8 @@ class Patch:
     def take_off(self) -> None:
         """Take it off, unless something else stands in its place."""
         self.live = False
+        if self.module is None:
+            return
         attributes = vars(self.module)
         attributes.update(self._without_it(attributes))
         if attributes.get("forward") is self._placed:
@@ -104,13 +124,13 @@ class Patch:
     @property
     def __signature__(self) -> inspect.Signature:
         # transformers reads off a forward's signature which arguments a model takes
-        return inspect.signature(self.stock)
+        return inspect.signature(self._stock)
 
     def _without_it(self, attributes: dict[str, Any]) -> dict[str, Any]:
         """What stands in the places of this patch when it is gone, where something does."""
         places = [name for name in FORWARDS if attributes.get(name) is self._placed]
         # what offloading has wrapped has to be there
-        return {name: self.stock for name in places if name != "forward" or self._before is not None}
+        return {name: self._stock for name in places if name != "forward" or self._before is not None}
 
     def stock_attributes(self) -> dict[str, Any]:
         """The module's attributes as they are without this patch."""
@@ -155,12 +175,16 @@ class HookPatch:
         installation, module, number, part, live: as in `Patch`.
     """
 
-    __slots__ = ("installation", "module", "number", "live", "_handle", "_reduce")
+    __slots__ = ("installation", "number", "live", "_module", "_handle", "_reduce")
     part = "module"
 
     def __init__(self, installation: "Installation", module: nn.Module, number: int):
-        self.installation, self.module, self.number = installation, module, number
+        self.installation, self.number, self._module = installation, number, weakref.ref(module)
         self.live = False
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module()
 
     def put(self) -> None:
         self._handle = self.module.register_forward_hook(self)
@@ -170,7 +194,7 @@ class HookPatch:
     def take_off(self) -> None:
         self.live = False
         self._handle.remove()
-        if vars(self.module).get(REDUCE) is self._reduce:
+        if self.module is not None and vars(self.module).get(REDUCE) is self._reduce:
             del vars(self.module)[REDUCE]
         self._reduce = None
 
@@ -255,8 +279,12 @@ class ConfigPatch:
     attribute: str
 
     def __init__(self, installation: "Installation", module: nn.Module, number: int):
-        self.installation, self.module, self.number = installation, module, number
+        self.installation, self.number, self._module = installation, number, weakref.ref(module)
         self.live = False
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module()
 
     def put(self) -> None:
         if "config" not in vars(self.module):
@@ -271,7 +299,7 @@ class ConfigPatch:
 
     def take_off(self) -> None:
         self.live = False
-        if vars(self.module).get("config") is self._computed:
+        if self.module is not None and vars(self.module).get("config") is self._computed:
             vars(self.module)["config"] = self._config
         self._computed = None  # no cycle stays
 

@@ -27,7 +27,7 @@ class NormPatch(Patch):
         hidden, stage = self.stock(hidden_states), _stage_at(self)
         if stage is None:
             return hidden
-        pruned = prune(RUNNING.forward, self.installation.layers[self.number], hidden, hidden_states)
+        pruned = prune(RUNNING.forward, self.installation.layer(self.number), hidden, hidden_states)
         stage.residual = pruned.residual
         return pruned.hidden
 
@@ -46,7 +46,7 @@ class MoEPatch(HookPatch):
             raise RuntimeError(NO_EFFECT.format(f"the attention of prune layer {self.number}"))
         # some return the gate's scores as well, and some the rows of all samples in one
         mixed, *others = output if isinstance(output, tuple) else (output,)
-        layer = self.installation.layers[self.number]
+        layer = self.installation.layer(self.number)
         stage.short = self.installation.family.combine(layer, stage.residual, mixed.view_as(stage.residual))
         rows, tokens = RUNNING.forward.segments[-2].shape
         shape = (rows, tokens) if mixed.dim() == 3 else (rows * tokens,)

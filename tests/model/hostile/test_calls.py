@@ -16,7 +16,9 @@ from .common import (
     config_of,
     enabled_logits,
     fresh,
+    generate,
     in_one_row,
+    layers_of,
     logits_of,
     stock_logits,
     vision_of,
@@ -263,18 +265,36 @@ def test_a_mask_of_pairs_within_a_fixed_layout_is_refused(model, family):
         logits_of(model, batch)
 
 
-def test_a_model_that_is_off_is_freed_at_once(family):
+@pytest.mark.parametrize("state", ["off", "on", "on-and-reported", "in-another-block"])
+def test_a_model_is_freed_at_once(family, state):
+    """As soon as a stock model is, whether it was enabled or still is; the next one may lie in its place."""
+    for _ in range(3):
+        model, stock = fresh(family), fresh(family)
+        fastmmoe.enable(model, config_of("both"))
+        logits_of(model, batch_of(family))
+        logits_of(stock, batch_of(family))
+        if state == "off":
+            fastmmoe.disable(model)
+        elif state == "on-and-reported":
+            fastmmoe.report(model)
+        elif state == "in-another-block":
+            with fastmmoe.enabled(model, config_of("experts")):
+                generate(model, batch_of(family))
+        alive = [[weakref.ref(module) for module in (one, text_of(one), layers_of(one)[2])] for one in (model, stock)]
+        gc.collect()
+        gc.disable()
+        try:
+            del model, stock
+            assert [ref() is None for ref in alive[0]] == [ref() is None for ref in alive[1]] == [True] * 3
+        finally:
+            gc.enable()
+
+
+def test_a_forward_whose_model_is_gone_says_so(family):
     model = fresh(family)
     fastmmoe.enable(model, config_of("both"))
-    logits_of(model, batch_of(family))
-    fastmmoe.disable(model)
-    text, stock = weakref.ref(text_of(model)), fresh(family)
-    logits_of(stock, batch_of(family))
-    text_of_stock = weakref.ref(text_of(stock))
+    forward = model.forward
+    del model
     gc.collect()
-    gc.disable()
-    try:
-        del model, stock
-        assert (text() is None) == (text_of_stock() is None)
-    finally:
-        gc.enable()
+    with pytest.raises(ReferenceError, match="the model of this forward is gone"):
+        forward(**batch_of(family))
