@@ -2,7 +2,7 @@
 # Everything there is to measure on a GPU, in one call of less than 9 minutes: parity, tuning, benchmarks.
 #
 #     bench/gpu.sh                     results in bench/results/local
-#     bench/gpu.sh parity tuning       only these of the steps stress, parity, tuning, experts, ops, prefill,
+#     bench/gpu.sh parity tuning       only these of the steps stress, parity, sanitizer, tuning, experts, ops, prefill,
 #                                      break-even, overhead, counters, largest; they have all of the time, and so several calls
 #                                      measure more than one does: "stress parity", "tuning experts", "ops prefill",
 #                                      "break-even overhead counters largest"
@@ -34,7 +34,7 @@ METRICS+=,l1tex__data_bank_conflicts_pipe_lsu.sum,smsp__average_warp_latency_iss
 METRICS+=,smsp__average_warp_latency_issue_stalled_barrier.pct
 
 # how the steps share the time
-declare -A share=([stress]=60 [parity]=150 [tuning]=120 [experts]=80 [ops]=60 [prefill]=75 [break-even]=50
+declare -A share=([stress]=60 [parity]=150 [sanitizer]=60 [tuning]=120 [experts]=80 [ops]=60 [prefill]=75 [break-even]=50
     [overhead]=45 [counters]=40 [largest]=60)
 chosen=("$@")
 [ $# -gt 0 ] || chosen=("${!share[@]}")
@@ -95,6 +95,7 @@ if [ -n "$DRY_RUN" ]; then
     prefill=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 4 --batch 1)
     break_even=(--size tiny --tile-tokens 16 --text 8 --rounds 1 --steps 1 --tiles 1 --tiles 2 --batch 1 --mixed 2)
     overhead=(--size tiny --rounds 1 --steps 1)
+    sanitizer=(--without --cases 1)
 else
     # without one the tests would be skipped, and that would look like a success
     "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "torch sees no GPU"; exit 2; }
@@ -112,6 +113,7 @@ else
     largest=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 7 --tiles 25 --batch 8)
     break_even=(--size 30b --text 100 --rounds 3 --steps 2 --tiles 1 --tiles 2 --tiles 4 --batch 1 --batch 8 --mixed 8)
     overhead=(--size 30b --rounds 10 --steps 3)
+    sanitizer=(--cases 2)
 fi
 mkdir -p "$OUT" || exit 2
 # tests spend most of their time compiling: several processes share it, where pytest-xdist is installed
@@ -122,6 +124,13 @@ fi
 
 step stress stress.json "$PYTHON" bench/stress_experts.py --device "$device" "${stress[@]}" --json '$PARTIAL'
 step parity parity.txt "$PYTHON" -m pytest -v -m gpu "${tests[@]}"
+# accesses out of bounds, races, reads of what nobody wrote, barriers: slow, so few cases of each op
+if command -v compute-sanitizer >/dev/null || [ -n "$DRY_RUN" ]; then
+    step sanitizer sanitizer.json "$PYTHON" bench/sanitize.py "${sanitizer[@]}" --budget '$BUDGET' --json '$PARTIAL'
+elif [[ " ${chosen[*]} " == *" sanitizer "* ]]; then
+    shares=$((shares - ${share[sanitizer]}))
+    echo "== sanitizer: skipped, compute-sanitizer is not there"
+fi
 step tuning tiles.json "$PYTHON" bench/tune_experts.py --device "$device" "${tuning[@]}" --json '$PARTIAL'
 step experts experts.json "$PYTHON" bench/bench_experts.py --device "$device" "${experts[@]}" --json '$PARTIAL'
 step ops ops.json "$PYTHON" bench/bench_ops.py --device "$device" "${ops[@]}" --budget '$BUDGET' --json '$PARTIAL'

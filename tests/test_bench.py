@@ -949,14 +949,14 @@ def test_gpu_script_continues_and_resumes(tmp_path):
     first = run_gpu_script(tmp_path, FAKE_PYTHON)
     assert first.returncode == 1 and "FAILED tuning: status 3" in first.stdout
     names = {"log.txt", "stress.json", "parity.txt", "experts.json", "ops.json", "largest.json"}
-    names |= {"prefill.json", "break_even.json", "overhead.json"}
+    names |= {"prefill.json", "break_even.json", "overhead.json", "sanitizer.json"}
     assert {path.name for path in out.iterdir()} == names | {"partial-tiles.json"}
     assert "bench_experts.py --device cpu" in (out / "experts.json").read_text()
     # of 520 seconds, which the steps before left: 75 of 270 parts, and 30 seconds for what was begun
     budget = int(re.search(r"--budget (\d+) --json", (out / "prefill.json").read_text())[1])
     assert 105 <= budget <= 114
     second = run_gpu_script(tmp_path, FAKE_PYTHON.replace("exit 3", "exit 0"))
-    assert second.returncode == 0 and second.stdout.count("skipped") == 9
+    assert second.returncode == 0 and second.stdout.count("skipped") == 10
     assert {path.name for path in out.iterdir()} == names | {"tiles.json"}
 
 
@@ -995,6 +995,35 @@ def test_gpu_script_keeps_to_its_limit(tmp_path):
     done = run_gpu_script(tmp_path, FAKE_PYTHON, limit=0)
     assert done.returncode == 1 and "FAILED prefill: no time left" in done.stdout
     assert not (tmp_path / "out" / "prefill.json").exists()
+
+
+# --- sanitize.py ------------------------------------------------------------------------------------------------------
+
+FAKE_SANITIZER = """#!/usr/bin/env bash
+# stands in for compute-sanitizer: racecheck finds two hazards, memcheck nothing
+case "$2" in
+    racecheck) echo "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"; exit 86 ;;
+    *) echo "========= ERROR SUMMARY: 0 errors" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("tools", "status", "errors"),
+    [(["memcheck"], 0, {"memcheck": 0}), (["memcheck", "racecheck"], 1, {"memcheck": 0, "racecheck": 2})],
+)
+def test_what_a_sanitizer_finds_is_told(tmp_path, tools, status, errors):
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text(FAKE_SANITIZER)
+    fake.chmod(0o755)
+    command = [sys.executable, "bench/sanitize.py", "--json", str(tmp_path / "found.json")]
+    command += [option for tool in tools for option in ("--tool", tool)]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    found = json.loads((tmp_path / "found.json").read_text())["tools"]
+    assert done.returncode == status and {name: one["errors"] for name, one in found.items()} == errors
+    assert "hazard" not in found["memcheck"].get("output", "")
+    assert all("hazard" in one["output"] for one in found.values() if one["status"])
 
 
 # --- vLLM's server ----------------------------------------------------------------------------------------------------

@@ -235,8 +235,12 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
 class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
     """DeepSeek-VL2: images and text in, text out.
 
-    `generate` takes the same inputs as `forward`. Official checkpoints come without a generation_config.json: give it
-    `eos_token_id`.
+    `generate` takes the same inputs as `forward`. With a cache, `images_seq_mask` covers all tokens or the new ones,
+    and `images` are all of the conversation's or those that the cache does not hold; in chunks (`prefill_chunk_size`),
+    where the vision tower runs again for every chunk, the mask covers all tokens. Official checkpoints come without a
+    generation_config.json: give it `eos_token_id`. transformers' quanto quantizes the one tensor that it is given, and
+    the official vision towers hold three in one: leave them out by
+    `QuantoConfig(weights="int8", modules_to_not_convert=["model.vision_tower", "lm_head"])`.
     """
 
     def __init__(self, config: DeepseekVLV2Config):
