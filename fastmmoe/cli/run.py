@@ -82,18 +82,18 @@ def run(
     overrides = {name: value for name, value in given.items() if value is not None}
     target = read_device(device)
     # before the weights are loaded, which may take minutes
-    with refusing(OSError, ValueError, ImportError, before=f"--model {model}: "), progress("reading the config"):
+    with refusing(OSError, ValueError, ImportError, before="--model: "), progress("reading the config"):
         described = read_config(model)
     with refusing(ValueError, TypeError):
         config = fastmmoe.FastMMoEConfig.preset(described, retention=retention, **overrides)
-    with refusing(OSError, ValueError, ImportError, before=f"--model {model}: "), progress("loading the processor"):
+    with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the processor"):
         processor = load_processor(model)
         if videos:
             check_videos_of(described, processor)
     with refusing(ValueError):
         check_question("--prompt", prompt, placeholders_of(described, processor))
     clips = open_videos(videos or [], processor)
-    with refusing(OSError, ValueError, ImportError, before=f"--model {model}: "), progress("loading the model"):
+    with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the model"):
         loaded = load_model(model, dtype, target)
     result, draw = ask(loaded, processor, pictures, prompt, config, max_new_tokens, output, clips)
     show(model, result, output, json, draw)

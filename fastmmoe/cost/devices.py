@@ -42,8 +42,10 @@ class Ceilings:
             value = getattr(self, field)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             # written so that nan fails too
-            if not is_number or not least <= value <= most:
-                raise ValueError(f"{field}: expected a number >= {least} and <= {most:g}, got {value!r}")
+            if not is_number or not value >= least:
+                raise ValueError(f"{field}: expected a number >= {least}, got {value!r}")
+            if value > most:
+                raise ValueError(f"{field}: expected a number <= {most:g}, got {value!r}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype: expected one of torch's such as bfloat16, got {self.dtype!r}")
 

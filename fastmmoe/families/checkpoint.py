@@ -25,14 +25,14 @@ def register_ports() -> None:
 
 @contextmanager
 def reading(checkpoint: str) -> Iterator[None]:
-    """Turn what broken files make transformers stumble over into a ValueError that names the checkpoint.
-
-    OSError, ValueError and ImportError, which say what is wrong, pass.
-    """
+    """Turn what broken files make transformers stumble over into OSError, ImportError or ValueError with its name."""
     try:
         yield
-    except (OSError, ValueError, ImportError):
-        raise
+    except (OSError, ImportError, ValueError) as error:
+        if checkpoint in str(error):
+            raise
+        kind = next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))
+        raise kind(f"{checkpoint}: {error}") from error
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{checkpoint}: cannot be read ({said})") from error
