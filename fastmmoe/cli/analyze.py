@@ -63,7 +63,6 @@ def analyze(
     check_out(out, chosen, resume, overwrite)
     with refusing(OSError, ValueError, TypeError, ImportError):
         work = study.Study(settings, out, chosen, resume=resume)
-    work.run(workers)
     problem = None
     try:
         work.run(workers)

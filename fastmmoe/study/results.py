@@ -61,8 +61,9 @@ class PartFile:
         """Mark the part as complete, with `rows` in place of those there are if given, and write the CSV file."""
         self.rows = self.rows if rows is None else list(rows)
         self.is_complete = True
-        self._write()
+        # in this order: a part that is complete has both
         write_csv(self.path.with_suffix(".csv"), self.rows)
+        self._write()
 
     def _write(self) -> None:
         # a kill at any moment leaves the old or the new file
