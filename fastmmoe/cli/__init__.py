@@ -17,4 +17,6 @@ def main() -> None:
         if missing not in ("typer", "rich"):
             raise
         sys.exit(f"fastmmoe: the command line needs {missing}: pip install 'fastmmoe[cli]'")
+    # names of files may be no UTF-8, and a terminal's encoding may lack a letter of an answer
+    sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from fastmmoe.cli.console import console, print_json, refusing
+from fastmmoe.cli.console import console, fail, print_json, reason, refusing, stderr
 from fastmmoe.cli.extras import need
 from fastmmoe.cli.options import Device, Dtype, Json, NewTokens, read_device
+from fastmmoe.cli.outputs import check_writable, writing
 
 EXAMPLE = "Example: fastmmoe analyze --out results --workers 2 --resume"
 
@@ -36,9 +41,10 @@ def analyze(
     dev_n: Annotated[int, typer.Option(min=2, help="Questions to choose settings by.")] = 1000,
     split: Annotated[Literal["dev", "test"], typer.Option(help="Which scenes to report on.")] = "test",
     seed: Annotated[int, typer.Option(min=0, help="Other scenes for other seeds.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads of each process.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the work.")] = 1,
     resume: Annotated[bool, typer.Option(help="Go on with the rows that are in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds results.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 64,
     max_new_tokens: NewTokens = 8,
     device: Device = "cpu",
@@ -54,10 +60,14 @@ def analyze(
         batch=batch, max_new_tokens=max_new_tokens, device=str(read_device(device)), dtype=dtype,
     )  # fmt: skip
     chosen = settings.default_parts if parts is None else [part.strip() for part in parts.split(",") if part.strip()]
-    with refusing(OSError, ValueError, TypeError):
+    check_out(out, chosen, resume, overwrite)
+    with refusing(OSError, ValueError, TypeError, ImportError):
         work = study.Study(settings, out, chosen, resume=resume)
-    work.run(workers)
-    written = [*tables.write_tables(out), *plots.draw_plots(out)]
+    problem = None
+    try:
+        work.run(workers)
+    except OSError as error:
+        problem = f"{reason(error)}; {out} holds the rows up to then, --resume goes on with them"
     if json:
         hidden = ("right",)  # one digit per question
         figures = {
@@ -65,6 +75,40 @@ def analyze(
             for part, file in work.files.items()
         }
         print_json({"out": str(out), "parts": figures})
+    if problem:
+        fail(problem, code=1)
+    with writing("--out", out):
+        written = [*tables.write_tables(out), *plots.draw_plots(out)]
+    if not json:
+        for path in [*(file.path for file in work.files.values()), *written]:
+            console.print(escape(str(path)), soft_wrap=True)
+
+
+def check_out(out: Path, parts: Sequence[str], resume: bool, overwrite: bool) -> None:
+    """Check that a study can be written there, and that an earlier one's rows stay or go as the user says.
+
+    Raises:
+        typer.Abort: the user says no.
+        typer.Exit: it cannot be written, or nobody can be asked.
+    """
+    from fastmmoe.study.study import PARTS
+
+    if resume and overwrite:
+        fail("--overwrite: expected it or --resume, got both")
+    folder = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"--out {out}: cannot be written: {folder}: {error.strerror}")
+    names = [f"{part}.{kind}" for part in (*PARTS, "types") for kind in ("json", "csv", "partial", "png")]
+    for path in [out / name for name in (*names, "comparisons.csv", "tables.md")]:
+        if path.exists():
+            check_writable("--out", path)
+    held = ", ".join(part for part in parts if (out / f"{part}.json").exists())
+    if not held or resume or overwrite:
         return
-    for path in [*(file.path for file in work.files.values()), *written]:
-        console.print(escape(str(path)), soft_wrap=True)
+    said = f"--out {out}: holds an earlier run's {held}"
+    if not (sys.stdin.isatty() and stderr.is_terminal):
+        fail(f"{said}; expected another directory, --resume to go on with it, or --overwrite")
+    typer.confirm(f"{said}. Overwrite?", abort=True, err=True)

@@ -1,10 +1,41 @@
 """The command line as a whole: its subcommands in the order in which the help lists them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import typer
+from typer.core import TyperGroup
 
 from fastmmoe.cli import analyze, bench, demo, doctor, flops, run, serve, time
+from fastmmoe.cli.console import fail, quiet
+
+UsageError = typer.BadParameter.__base__  # typer has no public name for it
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        fail(error.format_message())
+
+
+class Commands(TyperGroup):
+    """Says what is wrong with options in one line, like everything else, and not in a box below the usage."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if not args:  # prints the help, by an error of the same kind
+            return super().parse_args(ctx, args)
+        with _in_one_line():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> object:
+        with _in_one_line(), quiet():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Faster prefill of multimodal mixture-of-experts models.",
     no_args_is_help=True,
     add_completion=False,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 import fastmmoe
 from fastmmoe.cli.compare import Comparison, compare
 from fastmmoe.cli.console import console, fail, print_json, progress, refusing
+from fastmmoe.cli.outputs import writing
 from fastmmoe.cli.tables import cost_table, stage_table, token_table
 from fastmmoe.families.chat import build_inputs
 from fastmmoe.report import time_line
@@ -32,8 +34,11 @@ def ask(
     max_new_tokens: int,
     output: Path | None,
     videos: Sequence[Video] = (),
-) -> Comparison:
-    """Refuse everything that can be refused, ask both ways, and draw the picture if one is wanted.
+) -> tuple[Comparison, Callable[[], None] | None]:
+    """Refuse everything that can be refused, and ask both ways.
+
+    Returns:
+        (what came of it, what draws the picture if one is wanted and there is something to draw).
 
     Raises:
         typer.Exit: what is asked for cannot be done; it is said why.
@@ -57,29 +62,36 @@ def ask(
                 raise
             # not every model takes images beside a video, or any number of frames
             fail(f"--video: {type(model).__name__} refuses this prompt: {str(error).splitlines()[0]}")
-    if output and result.report.stages:
-        draw_fate(output, images, tilings, result.report)
-    return result
+    draw = partial(draw_fate, output, images, tilings, result.report) if output and result.report.stages else None
+    return result, draw
 
 
-def show(model: str, result: Comparison, output: Path | None, json: bool) -> None:
-    """Print a comparison; `output` is where a picture was wanted."""
+def show(
+    model: str, result: Comparison, output: Path | None, json: bool, draw: Callable[[], None] | None = None
+) -> None:
+    """Print a comparison, then draw; `output` is where a picture was wanted.
+
+    Raises:
+        typer.Exit: the picture could not be written; the figures are printed.
+    """
     report = result.report
-    drawn = str(output) if output and report.stages else None
     time = report.time() if report.device else None
     if json:
         floor = time and {"device": time.ceilings.name, "dense": time.dense, "fastmmoe": time.reduced}
+        drawn = str(output) if draw else None
         print_json({"model": model, **result.to_dict(), "calculated_floor_seconds": floor, "picture": drawn})
-        return
-    console.print(cost_table(result))
-    if time:
-        console.print(time_line(time), soft_wrap=True, highlight=False)
-    console.print(token_table(report))
-    if report.stages:
-        console.print(stage_table(report))
-    console.print("[bold]off:[/]", escape(result.dense_answer), soft_wrap=True)
-    console.print("[bold]on: [/]", escape(result.fast_answer), soft_wrap=True)
-    if drawn:
-        console.print(f"picture: {escape(drawn)}", soft_wrap=True)
-    elif output:
-        console.print("no picture: no layer pruned vision tokens")
+    else:
+        console.print(cost_table(result))
+        if time:
+            console.print(time_line(time), soft_wrap=True, highlight=False)
+        console.print(token_table(report))
+        if report.stages:
+            console.print(stage_table(report))
+        console.print("[bold]off:[/]", escape(result.dense_answer), soft_wrap=True)
+        console.print("[bold]on: [/]", escape(result.fast_answer), soft_wrap=True)
+    if draw:
+        with writing("--output", output):
+            draw()
+    if output and not json:
+        line = f"picture: {escape(str(output))}" if draw else "no picture: no layer pruned vision tokens"
+        console.print(line, soft_wrap=True)

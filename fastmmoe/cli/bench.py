@@ -12,9 +12,11 @@ import fastmmoe
 from fastmmoe.cli.ask import ask, show
 from fastmmoe.cli.console import console, progress, refusing
 from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import IMAGES, Json, NewTokens, Retention, check_output, open_images
+from fastmmoe.cli.options import IMAGES, Json, NewTokens, Retention, open_images
+from fastmmoe.cli.outputs import check_output
 from fastmmoe.cli.threads import one_thread
 from fastmmoe.families import FAMILIES
+from fastmmoe.families.chat import check_question, placeholders_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +31,7 @@ def bench(
     retention: Retention = 0.5,
     output: Annotated[Path | None, typer.Option(help="PNG to draw what became of each token.")] = None,
     max_new_tokens: NewTokens = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the model's random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the model's random weights.")] = 0,
     json: Json = False,
 ) -> None:
     """Time a prefill of 1,792 vision tokens on this CPU, with FastMMoE off and on: a random model, no download."""
@@ -42,11 +44,14 @@ def bench(
     pictures = open_images(images) if images else [cat_photograph()]
     with refusing(ValueError, TypeError):
         config = fastmmoe.FastMMoEConfig.preset(small.random_config(), retention=retention)
+    processor, question = small.random_processor(), PROMPT if prompt is None else prompt
+    with refusing(ValueError):
+        check_question("--prompt", question, placeholders_of(small.random_config(), processor))
     with one_thread():
         with progress("building the model"):
-            model, processor = small.random_model(seed), small.random_processor()
-        result = ask(model, processor, pictures, prompt or PROMPT, config, max_new_tokens, output)
-    show("random model", result, output, json)
+            model = small.random_model(seed)
+        result, draw = ask(model, processor, pictures, question, config, max_new_tokens, output)
+    show("random model", result, output, json, draw)
     if not json:
         note = "The weights are random: the answers are babble, only their cost means something. One CPU thread."
         console.print(note, soft_wrap=True)

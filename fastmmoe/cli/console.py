@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-console = Console()
-stderr = Console(stderr=True)
+# what a model or a file is called is no code for an emoji
+console = Console(emoji=False)
+stderr = Console(stderr=True, emoji=False)
 
 
 def print_json(value: dict) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def fail(message: str) -> NoReturn:
-    """Say what is wrong in one line and exit with code 2."""
-    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(2)
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say what is wrong in one line and exit; code 2 is for bad input, 1 for what fails later."""
+    stderr.print(f"[bold red]error:[/] {escape(' '.join(message.splitlines()))}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
-def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what bad input raises into one line and exit code 2."""
+def refusing(*kinds: type[Exception], before: str = "") -> Iterator[None]:
+    """Turn what bad input raises into one line and exit code 2; `before` is said in front of it."""
     try:
         yield
     except kinds as error:
-        fail((str(error).strip() or type(error).__name__).splitlines()[0])
+        fail(before + reason(error))
 
 
 @contextmanager
@@ -43,3 +53,22 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[s
         # from -1: naming the first step has completed none
         task = bar.add_task(description, total=total, completed=-1 if total else 0)
         yield lambda step: bar.update(task, description=step, advance=1)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' warnings off stderr, and their progress bars where it is no terminal."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    hides_bars = transformers.logging.is_progress_bar_enabled() and not stderr.is_terminal
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if hides_bars:
+        transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if hides_bars:
+            transformers.logging.enable_progress_bar()

@@ -12,7 +12,8 @@ from rich.table import Table
 from fastmmoe.cli.compare import compare
 from fastmmoe.cli.console import console, print_json, progress, refusing
 from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import Json, Retention, check_output, open_images
+from fastmmoe.cli.options import Json, Retention, open_images
+from fastmmoe.cli.outputs import check_output, writing
 from fastmmoe.cli.tables import stage_table, token_table
 from fastmmoe.cli.threads import one_thread
 
@@ -32,7 +33,7 @@ def demo(
     """Ask a small trained MoE-MLLM about a picture, with FastMMoE off and on: no GPU, no download."""
     need("demo", "PIL", "matplotlib")
     from fastmmoe.cli.picture import draw_fate
-    from fastmmoe.families.chat import build_inputs
+    from fastmmoe.families.chat import build_inputs, check_question, placeholders_of
     from fastmmoe.families.processors import tilings
     from fastmmoe.scenes import exact_match
     from fastmmoe.scenes.demo import demo_config, demo_example, demo_model
@@ -49,6 +50,10 @@ def demo(
     results = []
     with one_thread():
         model, processor = demo_model()
+        placeholders = placeholders_of(model.config, processor)
+        with refusing(ValueError):
+            for question in asked:
+                check_question("--question", question, placeholders)
         with progress("", total=2 * len(asked)) as step:
             for question in asked:
                 inputs = build_inputs(model, processor, [picture], question)
@@ -57,31 +62,31 @@ def demo(
                 )
                 results.append(result)
     report = results[-1].report
-    drawn = None
-    if report.stages:
-        drawn = str(output)
-        draw_fate(output, [picture], tilings(model.config, processor, [picture], inputs), report)
+    drawn = str(output) if report.stages else None
     if json:
         rows = [
             {"question": text, "right": answers.get(text), "dense": result.dense_answer, "fastmmoe": result.fast_answer}
             for text, result in zip(asked, results, strict=True)
         ]
         print_json({"config": config.to_dict(), "answers": rows, "report": report.to_dict(), "picture": drawn})
-        return
-    table = Table("question", title=f"{report.n_vision[0]} vision tokens", caption="green: right")
-    for name in ("right answer", "FastMMoE off", "on"):
-        table.add_column(name)
-    for text, result in zip(asked, results, strict=True):
-        right = answers.get(text)
-        shown = [
-            f"[green]{escape(said)}[/]" if right is not None and exact_match(said, right) else escape(said)
-            for said in (result.dense_answer, result.fast_answer)
-        ]
-        table.add_row(escape(text), right or "", *shown)
-    console.print(table)
-    console.print(token_table(report))
+    else:
+        table = Table("question", title=f"{report.n_vision[0]} vision tokens", caption="green: right")
+        for name in ("right answer", "FastMMoE off", "on"):
+            table.add_column(name)
+        for text, result in zip(asked, results, strict=True):
+            right = answers.get(text)
+            shown = [
+                f"[green]{escape(said)}[/]" if right is not None and exact_match(said, right) else escape(said)
+                for said in (result.dense_answer, result.fast_answer)
+            ]
+            table.add_row(escape(text), right or "", *shown)
+        console.print(table)
+        console.print(token_table(report))
+        if drawn:
+            console.print(stage_table(report))
+        console.print(f"language model FLOPs saved: {report.flops.saved:.1%}")
     if drawn:
-        console.print(stage_table(report))
-    console.print(f"language model FLOPs saved: {report.flops.saved:.1%}")
-    if drawn:
-        console.print(f"picture, for the last question: {escape(drawn)}", soft_wrap=True)
+        with writing("--output", output):
+            draw_fate(output, [picture], tilings(model.config, processor, [picture], inputs), report)
+        if not json:
+            console.print(f"picture, for the last question: {escape(drawn)}", soft_wrap=True)

@@ -24,7 +24,7 @@ Vision = Annotated[int, typer.Option(min=0, help="Vision tokens of the prompt.")
 ReductionLayer = Annotated[int, typer.Option(help="First layer that uses --vision-top-k.")]
 IMAGES = typer.Option("--image", help="Image file; repeat for several images.")
 Retention = Annotated[float, typer.Option(help="Share of the vision tokens left after the last prune layer.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+NewTokens = Annotated[int, typer.Option(min=1, max=65_536, help="Length of the answers.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
@@ -58,46 +58,41 @@ def read_reduction(
     Raises:
         OSError, ValueError, TypeError: no config in that directory, or settings that are none.
     """
-    from transformers import AutoConfig
+    from fastmmoe.families.checkpoint import read_config
 
-    from fastmmoe.families.processors import register_ports
-
-    register_ports()
     config = fastmmoe.FastMMoEConfig(
         vision_top_k=vision_top_k,
         reduction_layer=reduction_layer,
         prune_layers=read_layers(prune_layers) or (),
         retention=retention,
     )
-    return AutoConfig.from_pretrained(model) if Path(model).is_dir() else model, config
+    return read_config(model) if Path(model).is_dir() else model, config
 
 
 def read_device(name: str) -> torch.device:
     """The device of that name, which this machine has; "auto" is a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with refusing(RuntimeError):
+    with refusing(RuntimeError, before=f"--device {name}: "):
         device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
+    counts = {"cpu": 1}
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        counts[accelerator.type] = torch.accelerator.device_count()
+    count = counts.get(device.type, 0)
+    if (device.index or 0) >= count:
+        fail(f"--device {name}: this machine has {count} such devices, expected auto or one of {', '.join(counts)}")
     return device
 
 
-def check_output(output: Path) -> None:
-    """Check that a picture can be written there."""
-    if output.suffix.lower() != ".png" or not output.parent.is_dir() or output.is_dir():
-        fail(f"--output {output}: expected a .png file in a directory that exists")
+def check_model(model: str, option: str = "") -> None:
+    """Check that what can only be a directory is one; a hub id is for the hub to know."""
+    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        fail(f"{option}{model}: no such directory")
 
 
 def open_images(paths: Sequence[Path]) -> list[Image]:
     """The pictures, RGB and upright."""
-    from PIL import Image, ImageOps
+    from fastmmoe.families.images import open_image
 
-    images = []
-    for path in paths:
-        try:
-            images.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
-        except OSError as error:  # also Pillow's own for what is no image
-            reason = error.strerror or "not an image that Pillow can read"
-            fail(f"--image {path}: {reason}")
-    return images
+    with refusing(ValueError, before="--image "):
+        return [open_image(path) for path in paths]

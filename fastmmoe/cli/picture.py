@@ -71,7 +71,7 @@ def draw_fate(
     fates = [None, *(np.split(stage.fate[sample], splits) for stage in report.stages)]
     for index, (image, tiling, (width, image_height)) in enumerate(zip(images, tilings, shapes, strict=True)):
         # once to the size it is shown at: every panel would resample a large photograph again
-        shown = image.resize((round(width * DPI), round(image_height * DPI)))
+        shown = image.resize((max(1, round(width * DPI)), max(1, round(image_height * DPI))))
         for number, fate in enumerate(fates):
             left = MARGIN + number % columns * (panel + GAP)
             y = top + number // columns * (image_height + TITLE) + TITLE

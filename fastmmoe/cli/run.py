@@ -18,13 +18,14 @@ from fastmmoe.cli.options import (
     Json,
     NewTokens,
     Retention,
-    check_output,
+    check_model,
     open_images,
     prune_layers_option,
     read_device,
     read_layers,
     vision_top_k_option,
 )
+from fastmmoe.cli.outputs import check_output
 from fastmmoe.cli.videos import VIDEOS, check_videos, open_videos
 from fastmmoe.families import FAMILIES
 
@@ -58,8 +59,8 @@ def run(
 ) -> None:
     """Ask a checkpoint about pictures or videos, FastMMoE off and on: compare answers, FLOPs and prefill times."""
     need("demo", "PIL", *(("matplotlib",) if output else ()))
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
+    from fastmmoe.families.chat import check_question, placeholders_of
+    from fastmmoe.families.checkpoint import load_model, read_config
     from fastmmoe.families.processors import check_videos_of, load_processor
 
     if output:
@@ -70,8 +71,7 @@ def run(
         fail(f"--output {output}: a picture shows images alone, expected none or no --video")
     pictures = open_images(images or [])
     check_videos(videos or [])
-    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
-        fail(f"--model {model}: no such directory")
+    check_model(model, option="--model ")
     given = {
         "vision_top_k": vision_top_k,
         "prune_layers": read_layers(prune_layers),
@@ -81,15 +81,19 @@ def run(
     }
     overrides = {name: value for name, value in given.items() if value is not None}
     target = read_device(device)
-    with refusing(OSError, ValueError, TypeError):
-        # before the weights are loaded, which may take minutes
-        described = AutoConfig.from_pretrained(model)
+    # before the weights are loaded, which may take minutes
+    with refusing(OSError, ValueError, ImportError, before="--model: "), progress("reading the config"):
+        described = read_config(model)
+    with refusing(ValueError, TypeError):
         config = fastmmoe.FastMMoEConfig.preset(described, retention=retention, **overrides)
-    with refusing(OSError, ValueError, ImportError), progress("loading the model"):
+    with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the processor"):
         processor = load_processor(model)
         if videos:
             check_videos_of(described, processor)
-        clips = open_videos(videos or [], processor)
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(target).eval()
-    result = ask(loaded, processor, pictures, prompt, config, max_new_tokens, output, clips)
-    show(model, result, output, json)
+    with refusing(ValueError):
+        check_question("--prompt", prompt, placeholders_of(described, processor))
+    clips = open_videos(videos or [], processor)
+    with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the model"):
+        loaded = load_model(model, dtype, target)
+    result, draw = ask(loaded, processor, pictures, prompt, config, max_new_tokens, output, clips)
+    show(model, result, output, json, draw)

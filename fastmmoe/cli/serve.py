@@ -15,7 +15,7 @@ import typer
 import fastmmoe
 from fastmmoe.cli.console import console, fail, refusing
 from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import Retention, prune_layers_option, read_layers, vision_top_k_option
+from fastmmoe.cli.options import Retention, check_model, prune_layers_option, read_layers, vision_top_k_option
 from fastmmoe.families import FAMILIES
 
 EXAMPLE = (
@@ -41,9 +41,7 @@ def serve(
 
     Prints the command that it runs: `vllm serve` with `--additional-config`, which takes any field of `FastMMoEConfig`.
     """
-    from transformers import AutoConfig
-
-    from fastmmoe.families.processors import register_ports
+    from fastmmoe.families.checkpoint import read_config
 
     if all_experts and vision_top_k is not None:
         fail(f"--all-experts: expected it or --vision-top-k {vision_top_k}, got both")
@@ -59,12 +57,10 @@ def serve(
     values = {name: value for name, value in given.items() if value is not None}
     if all_experts:
         values["vision_top_k"] = None
-    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
-        fail(f"{model}: no such directory")
+    check_model(model)
     with refusing(OSError, ValueError, TypeError):
         # before vLLM starts, which takes minutes
-        register_ports()
-        fastmmoe.FastMMoEConfig.preset(AutoConfig.from_pretrained(model), **values)
+        fastmmoe.FastMMoEConfig.preset(read_config(model), **values)
     for option in others or ():
         name = option.split("=")[0].replace("_", "-")
         # it may be shortened, or go on with a dot and an entry

@@ -22,11 +22,11 @@ from fastmmoe.cli.options import (
     Sizes,
     Text,
     Vision,
-    check_output,
     prune_layers_option,
     read_reduction,
     vision_top_k_option,
 )
+from fastmmoe.cli.outputs import check_output, writing
 from fastmmoe.cli.tables import span
 from fastmmoe.cost.devices import CPU, DEVICES, ceilings_of
 from fastmmoe.cost.prefill_time import TimeReport
@@ -72,23 +72,24 @@ def time(
     report = fastmmoe.prefill_time(architecture, [text] * batch, [vision] * batch, config, ceilings)
     outcome = outlook(architecture, text, vision, batch, config, ceilings)
     found = sweep(architecture, text, config, ceilings)
-    if output:
-        draw(output, f"{model} on {ceilings.name}, {text:,} text tokens", found)
     if json:
         question = {"model": model, "device": device, "n_text": text, "n_vision": vision, "batch": batch}
         pays = {"batches": BATCHES, "speedups": found}
         print_json(
             {**question, "config": config.to_dict(), **asdict(report), "outlook": asdict(outcome), "sweep": pays}
         )
-        return
-    title = f"{model} on {ceilings.name}: prefill of {batch} x ({text:,} text and {vision:,} vision tokens), in ms"
-    console.print(layer_table(report, escape(title)))
-    console.print(sentence(report.speedup, outcome), soft_wrap=True, highlight=False)
-    console.print(sweep_table(found, text))
+    else:
+        title = f"{model} on {ceilings.name}: prefill of {batch} x ({text:,} text and {vision:,} vision tokens), in ms"
+        console.print(layer_table(report, escape(title)))
+        console.print(sentence(report.speedup, outcome), soft_wrap=True, highlight=False)
+        console.print(sweep_table(found, text))
+        console.print(NOTE, soft_wrap=True)
+        console.print(f"Ceilings: {escape(ceilings.source)}.", soft_wrap=True, highlight=False)
     if output:
-        console.print(f"picture: {escape(str(output))}", soft_wrap=True)
-    console.print(NOTE, soft_wrap=True)
-    console.print(f"Ceilings: {escape(ceilings.source)}.", soft_wrap=True, highlight=False)
+        with writing("--output", output):
+            draw(output, f"{model} on {ceilings.name}, {text:,} text tokens", found)
+        if not json:
+            console.print(f"picture: {escape(str(output))}", soft_wrap=True)
 
 
 def sentence(speedup: float, outcome: Outlook) -> str:
@@ -141,7 +142,8 @@ def draw(path: Path, title: str, found: Sweep) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(found), [f"{vision:,}" for vision in found], fontsize="small")
     axes.minorticks_off()
-    axes.set(title=f"{title}\nfloors by calculation, not measured", xlabel="vision tokens per sample", ylabel="speedup")
+    axes.set_title(f"{title}\nfloors by calculation, not measured", parse_math=False)
+    axes.set(xlabel="vision tokens per sample", ylabel="speedup")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

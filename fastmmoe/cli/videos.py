@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import typer
 
-from fastmmoe.cli.console import fail
+from fastmmoe.cli.console import fail, refusing
 from fastmmoe.cli.extras import missing_of
+from fastmmoe.families.images import open_image
 from fastmmoe.families.videos import FRAMES_PER_SECOND, Video, frames_to_take
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ def open_videos(paths: Sequence[Path], processor: Any) -> list[Video]:
 
 
 def _open_video(path: Path, processor: Any) -> Video:
-    from PIL import Image, ImageSequence
     from transformers.video_utils import load_video
 
     if not path.is_dir() and not _is_animation(path):
@@ -52,17 +52,14 @@ def _open_video(path: Path, processor: Any) -> Video:
             frames, metadata = load_video(
                 str(path), backend="pyav", sample_indices_fn=lambda metadata, **_: frames_to_take(processor, metadata)
             )
-        except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds; no video stream
+        except Exception as error:  # decoders raise whatever broken bytes lead them to
             fail(f"--video {path}: not a video that PyAV can read ({error})")
         return Video(frames, metadata)
     if path.is_dir():
-        shown, rate = [Image.open(file).convert("RGB") for file in _frame_files(path)], float(FRAMES_PER_SECOND)
+        with refusing(ValueError, before="--video "):
+            shown, rate = [open_image(file) for file in _frame_files(path)], float(FRAMES_PER_SECOND)
     else:
-        with Image.open(path) as animation:
-            parts = [
-                (frame.convert("RGB"), frame.info.get("duration") or 100) for frame in ImageSequence.Iterator(animation)
-            ]
-        shown, rate = [frame for frame, _ in parts], 1000 * len(parts) / sum(duration for _, duration in parts)
+        shown, rate = _animation(path)
     return _sampled(path, shown, rate, processor)
 
 
@@ -80,17 +77,34 @@ def _sampled(path: Path, shown: list[Image], rate: float, processor: Any) -> Vid
     return Video(np.stack([np.asarray(shown[number]) for number in metadata.frames_indices]), metadata)
 
 
+def _animation(path: Path) -> tuple[list[Image], float]:
+    """The frames of an animation, and how many a second there are."""
+    from PIL import Image, ImageSequence
+
+    try:
+        with Image.open(path) as animation:
+            parts = [
+                (frame.convert("RGB"), frame.info.get("duration") or 100) for frame in ImageSequence.Iterator(animation)
+            ]
+    except Exception as error:  # as above
+        fail(f"--video {path}: not an animation that Pillow can read ({error})")
+    return [frame for frame, _ in parts], 1000 * len(parts) / sum(duration for _, duration in parts)
+
+
 def _is_animation(path: Path) -> bool:
-    """Whether Pillow reads the file; a picture that does not move is refused."""
+    """Whether Pillow reads the file; a picture that does not move, or is broken, is refused."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) == 1:
-                fail(f"--video {path}: a single picture, expected several frames; --image takes it")
-            return True
+            frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
         return False
+    except Exception as error:
+        fail(f"--video {path}: {getattr(error, 'strerror', None) or f'cannot be read ({error})'}")
+    if frames == 1:
+        fail(f"--video {path}: a single picture, expected several frames; --image takes it")
+    return True
 
 
 def _frame_files(directory: Path) -> list[Path]:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+# beyond which times of a prefill overflow, or mean nothing
+_RANGES = {"flops": (1, 1e30), "bytes": (1, 1e30), "launch": (0, 1.0)}
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -35,12 +38,14 @@ class Ceilings:
         for field in ("name", "dtype", "source"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field}: expected words, got {getattr(self, field)!r}")
-        for field in ("flops", "bytes", "launch"):
+        for field, (least, most) in _RANGES.items():
             value = getattr(self, field)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            least = 0 if field == "launch" else 1
-            if not is_number or not math.isfinite(value) or value < least:
+            # written so that nan fails too
+            if not is_number or not value >= least:
                 raise ValueError(f"{field}: expected a number >= {least}, got {value!r}")
+            if value > most:
+                raise ValueError(f"{field}: expected a number <= {most:g}, got {value!r}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype: expected one of torch's such as bfloat16, got {self.dtype!r}")
 
@@ -190,7 +195,7 @@ def _best(call: Callable[[], object], wait: Callable[[], None], seconds: float) 
 def _read(path: Path) -> Ceilings:
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"device: {path} is not JSON: {error}") from None
     if isinstance(found, dict) and isinstance(found.get("ceilings"), dict):
         found = found["ceilings"]

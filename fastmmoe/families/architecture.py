@@ -15,6 +15,7 @@ from fastmmoe.families.names import text_config_of
 _ATTENTION = (FULL, SLIDING, "chunked_attention", "reference_sliding_attention", "hybrid", "hybrid_sliding")
 # layers that mix no tokens, where attention and MLP are layers of their own
 _NO_MIXER = ("moe", "mlp")
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Architecture:
             norms_heads: attention has norms of its queries and keys, of which no attribute tells either.
 
         Raises:
-            ValueError: no experts, or layers of a kind that is not known here.
+            ValueError: no experts, layers of a kind that is not known here, or sizes that make no layers.
         """
         config = text_config_of(model_or_config)
         kind = getattr(config, "model_type", type(config).__name__)
@@ -157,17 +158,28 @@ class Architecture:
                 f"text_config: {kind} has no experts known here, expected num_experts, num_experts_per_tok and "
                 f"moe_intermediate_size, got {num_experts}, {top_k} and {width}"
             )
+        if not (config.hidden_size > 0 and top_k > 0 and 0 < config.num_hidden_layers <= _MOST_LAYERS):
+            raise ValueError(
+                f"text_config: expected hidden_size and num_experts_per_tok above 0 and 1 to {_MOST_LAYERS} layers, "
+                f"got {config.hidden_size}, {top_k} and {config.num_hidden_layers}"
+            )
         if top_k > num_experts:
             raise ValueError(f"text_config: {kind} has {top_k} experts per token, expected at most its {num_experts}")
-        dense, layers = dense_layers(config), []
-        for layer in range(config.num_hidden_layers):
-            of_layer = _of_layer(config, layer)
-            try:
+        layers = []
+        try:
+            dense = dense_layers(config)
+            for layer in range(config.num_hidden_layers):
+                of_layer = _of_layer(config, layer)
                 mixer = _mixer(of_layer, layer, mixer_weights(of_layer, layer), norms_heads)
-            except _UnknownKindError as error:
-                raise ValueError(f"text_config: {kind} has layers of type {error}, which is not counted") from None
-            mlp, vision_mlp = _mlps(of_layer, layer, layer in dense)
-            layers.append(Layer(mixer, mlp, vision_mlp))
+                layers.append(Layer(mixer, *_mlps(of_layer, layer, layer in dense)))
+        except _UnknownKindError as error:
+            raise ValueError(f"text_config: {kind} has layers of type {error}, which is not counted") from None
+        except (ArithmeticError, LookupError, TypeError) as error:
+            raise ValueError(f"text_config: {kind} has sizes that make no layer {len(layers)}: {error}") from error
+        for number, layer in enumerate(layers):
+            parts = [part for part in (layer.mixer, layer.mlp, layer.vision_mlp) if part is not None]
+            if any(size < 0 for part in parts for size in vars(part).values()):
+                raise ValueError(f"text_config: {kind} has sizes below 0 in layer {number}: {parts}")
         return cls(config.hidden_size, num_experts, top_k, tuple(layers))
 
     @classmethod

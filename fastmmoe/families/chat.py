@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastmmoe.families.family import PLACEHOLDERS
+from fastmmoe.families.names import configs_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
@@ -44,3 +47,36 @@ def end_tokens(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
     if end is None:
         return ()
     return tuple(end) if isinstance(end, (list, tuple)) else (end,)
+
+
+def placeholders_of(config: Any, processor: Any) -> tuple[str, ...]:
+    """The texts that stand for pictures, videos and sounds in a model's prompts, by its config or its processor."""
+    composite = configs_of(config)[0]
+    ids = (getattr(composite, name, None) for name in PLACEHOLDERS)
+    tokens = processor.tokenizer.convert_ids_to_tokens([number for number in ids if number is not None])
+    own = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+    return tuple(dict.fromkeys(text for text in (*tokens, *own) if text))
+
+
+def check_question(name: str, question: str, placeholders: Sequence[str]) -> None:
+    """Check that a question is text alone.
+
+    Args:
+        name: where it comes from, for the error.
+        placeholders: see `placeholders_of`.
+
+    Raises:
+        ValueError: an empty one, one that UTF-8 cannot encode, or one that holds a placeholder.
+    """
+    if not question.strip():
+        raise ValueError(f"{name}: expected a question, got {question!r}")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected text in UTF-8, got {question!r}") from None
+    for placeholder in placeholders:
+        if placeholder in question:
+            raise ValueError(
+                f"{name}: holds {placeholder}, which stands for a picture, video or sound in this model's prompts; "
+                "expected text without it"
+            )

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import AutoConfig, AutoProcessor, ImageProcessingMixin, ProcessorMixin
+from transformers import AutoProcessor, ImageProcessingMixin, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
 from fastmmoe.families import FAMILIES, Family, Tiling
+from fastmmoe.families.checkpoint import read_config, reading
 from fastmmoe.families.images_only import VIDEO_PART, images_only
 from fastmmoe.families.names import configs_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-def register_ports() -> None:
-    """Make the models that this package brings known to transformers' Auto classes."""
-    for family in FAMILIES:
-        if family.port:
-            importlib.import_module(family.port)
 
 
 def load_processor(checkpoint: str) -> Any:
@@ -33,11 +26,15 @@ def load_processor(checkpoint: str) -> Any:
 
     Raises:
         OSError: there is no such checkpoint, or no processor in it.
-        ValueError: one that is not supported.
+        ValueError: one that is not supported, or whose files are broken.
         ImportError: a processor that does not load without torchvision.
     """
-    register_ports()
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = read_config(checkpoint)
+    with reading(checkpoint):
+        return _load(checkpoint, config)
+
+
+def _load(checkpoint: str, config: Any) -> Any:
     family = _family_of(config)
     if family is not None and family.load_processor is not None:
         return family.load_processor(checkpoint)

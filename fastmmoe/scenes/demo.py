@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
+from fastmmoe.families.checkpoint import load_model
 from fastmmoe.families.processors import load_processor
 from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.scenes import CHECKPOINT, EXAMPLE, Question
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 
 def demo_model() -> tuple[PreTrainedModel, Any]:
     """The model, float32 on the CPU in evaluation mode, and its processor."""
-    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32").eval()
-    return model, load_processor(str(CHECKPOINT))
+    return load_model(str(CHECKPOINT), "float32"), load_processor(str(CHECKPOINT))
 
 
 def demo_example() -> tuple[Image, list[Question]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmmoe.families.images import open_image
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -17,19 +19,32 @@ REQUIRED, OPTIONAL = ("image", "question", "answer"), ("type",)
 
 @dataclass(frozen=True)
 class Example:
-    """A question about a picture, its right answer, and what kind of question it is ("" if it has none)."""
+    """A question about a picture.
+
+    Attributes:
+        answer: the right one.
+        type: what kind of question it is; "" if it has none.
+        where: file and line that it comes from; "" if from none.
+    """
 
     image: Image | Path
     question: str
     answer: str
     type: str = ""
+    where: str = ""
 
     def open_image(self) -> Image:
+        """The picture, RGB and upright.
+
+        Raises:
+            ValueError: a file that is no picture; names it, and the question's line.
+        """
         if not isinstance(self.image, Path):
             return self.image
-        from PIL import Image, ImageOps
-
-        return ImageOps.exif_transpose(Image.open(self.image)).convert("RGB")
+        try:
+            return open_image(self.image)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: image {error}") from error
 
 
 def scene_questions(split: str, n: int, seed: int = 0) -> list[Example]:
@@ -63,9 +78,9 @@ def read_questions(path: str | Path, n: int | None = None) -> list[Example]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold what else ends a line
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        lines = path.read_bytes().split(b"\n")  # JSON may hold what else ends a line
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:n]
     if not numbered:
         raise ValueError(f"{path}: holds no question, expected one JSON object per line")
@@ -81,11 +96,13 @@ def _words(text: str) -> list[str]:
     return text.casefold().strip().removesuffix(".").split()
 
 
-def _example(path: Path, number: int, line: str) -> Example:
+def _example(path: Path, number: int, line: bytes) -> Example:
     where = f"{path}, line {number}"
     try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: no UTF-8 ({error})") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: no JSON ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
@@ -96,7 +113,9 @@ def _example(path: Path, number: int, line: str) -> Example:
     for name, value in values.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: expected {name} to be a string, got {value!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can write what UTF-8 cannot
+            raise ValueError(f"{where}: expected {name} to be text in UTF-8, got {value!r}")
     image = path.parent / values["image"]
     if not image.is_file():
         raise ValueError(f"{where}: no image {image}")
-    return Example(image, values["question"], values["answer"], values.get("type", ""))
+    return Example(image, values["question"], values["answer"], values.get("type", ""), where)

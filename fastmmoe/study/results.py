@@ -36,18 +36,18 @@ class PartFile:
             resume: keep the rows of a file that there is.
 
         Raises:
-            ValueError: the file to go on with holds another study's rows.
+            ValueError: the file to go on with holds another study's rows, or none.
         """
         self.path = out / f"{part}.json"
         self._header = dict(header) | {"part": part}
         self.rows: list[dict[str, Any]] = []
         self.is_complete = False
         if resume and self.path.exists():
-            found = json.loads(self.path.read_text())
-            if found["study"] != self._header["study"]:
+            found = _read(self.path)
+            if differing := _differing(found["study"], self._header["study"]):
                 raise ValueError(
-                    f"{self.path}: holds rows of another study, of {found['study']}; expected one of "
-                    f"{self._header['study']}: give another directory, or start anew"
+                    f"{self.path}: holds rows of another study ({'; '.join(differing)}); "
+                    "expected the same settings, another directory, or to start anew"
                 )
             # where and when the rows there are were made
             self._header = {name: value for name, value in found.items() if name not in ("rows", "complete")}
@@ -61,15 +61,20 @@ class PartFile:
         """Mark the part as complete, with `rows` in place of those there are if given, and write the CSV file."""
         self.rows = self.rows if rows is None else list(rows)
         self.is_complete = True
-        self._write()
+        # in this order: a part that is complete has both
         write_csv(self.path.with_suffix(".csv"), self.rows)
+        self._write()
 
     def _write(self) -> None:
         # a kill at any moment leaves the old or the new file
         partial = self.path.with_suffix(".partial")
         content = self._header | {"complete": self.is_complete, "rows": self.rows}
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, self.path)
+        try:
+            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(partial, self.path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def header(study: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
@@ -91,8 +96,12 @@ def header(study: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
 
 
 def read_parts(out: Path, parts: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The complete results in a directory, by part."""
-    found = {part: json.loads(path.read_text()) for part in parts if (path := out / f"{part}.json").exists()}
+    """The complete results in a directory, by part.
+
+    Raises:
+        ValueError: a file that holds none.
+    """
+    found = {part: _read(path) for part in parts if (path := out / f"{part}.json").exists()}
     return {part: result for part, result in found.items() if result["complete"]}
 
 
@@ -100,10 +109,33 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as CSV: one column per figure, nested ones as `outer:inner`, lists with spaces between."""
     flat = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        is_part = isinstance(found["study"], dict) and isinstance(found["rows"], list) and "complete" in found
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: no results of a study ({type(error).__name__}: {error})") from error
+    if not is_part:
+        raise ValueError(f"{path}: no results of a study, expected study, rows and complete")
+    return found
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What two studies differ in, in words."""
+    found = []
+    for name in sorted({*there, *here}):
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differing(one, other, f"{prefix}{name} ")
+        elif one != other:
+            found.append(f"{prefix}{name} was {one!r} and is {other!r}")
+    return found
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

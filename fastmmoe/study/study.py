@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
+from transformers import PreTrainedModel
 
 from fastmmoe.families import find_text_model
+from fastmmoe.families.chat import check_question, placeholders_of
+from fastmmoe.families.checkpoint import load_model, read_config
 from fastmmoe.families.processors import load_processor
 from fastmmoe.prefill import experts
 from fastmmoe.scenes import CHECKPOINT
@@ -116,20 +118,28 @@ class Settings:
 class Session:
     """A model and its questions, in one process.
 
-    Raises: on construction, whatever loading the checkpoint raises; ValueError for an unsupported model.
+    Raises: on construction, whatever loading the checkpoint's config and processor raises.
     """
 
     def __init__(self, settings: Settings):
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.processor = load_processor(settings.checkpoint)
+        self._questions: dict[str, tuple[list[Example], list[Batch]]] = {}
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """Loaded when it is asked for.
+
+        Raises: whatever loading the checkpoint raises; ValueError for an unsupported model.
+        """
+        settings = self.settings
         device = torch.device(settings.device)
         dtype = "float32" if settings.dtype == "auto" and device.type == "cpu" else settings.dtype
-        model = AutoModelForImageTextToText.from_pretrained(settings.checkpoint, dtype=dtype)
-        self.model = model.to(device).eval()
+        model = load_model(settings.checkpoint, dtype, device)
         # the same kernels for all methods, the dense model included
-        find_text_model(self.model)[1].set_experts_implementation(experts.NAME)
-        self._questions: dict[str, tuple[list[Example], list[Batch]]] = {}
+        find_text_model(model)[1].set_experts_implementation(experts.NAME)
+        return model
 
     @functools.cached_property
     def setting(self) -> Setting:
@@ -192,31 +202,45 @@ class Study:
         parts: some of `PARTS`; they run in its order.
         resume: keep the rows that are in `out`, and add what is missing.
 
-    Raises: on construction, before any work: ValueError for unknown parts, for questions that are missing or cannot be
-        read, for rows of another study in `out`, for an unsupported model; whatever loading the checkpoint raises.
+    Raises: on construction, before any work: ValueError for unknown parts, for questions or pictures that are missing
+        or cannot be read, for rows of another study in `out`, for files there that are no study's, for an unsupported
+        model; whatever loading the checkpoint raises.
     """
 
     def __init__(self, settings: Settings, out: Path, parts: Sequence[str], *, resume: bool = False):
         if unknown := [part for part in parts if part not in PARTS]:
             raise ValueError(f"parts: unknown {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
+        if not parts:
+            raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got none")
         splits = {settings.split} | ({"dev"} & {split_of(part, settings) for part in parts})
         if "dev" in splits and not settings.has_dev:
             needing = [part for part in parts if part in CHOOSING] or ["split dev"]
             raise ValueError(f"dev_data: none given, and {', '.join(needing)} needs questions to choose settings by")
-        if settings.data is not None:
-            for split in splits:
-                settings.examples(split)
+        examples = [] if settings.data is None else [one for split in splits for one in settings.examples(split)]
+        # those that the tables at the end are made of
+        read_parts(out, [part for part in PARTS if resume or part not in parts])
         if "chosen" in parts and "ablations" not in parts and not read_parts(out, ["ablations"]):
             raise ValueError(f"parts: chosen needs the ablations, and {out} has no complete ones")
         self.settings, self.out = settings, out
         self.session = session_of(settings)
-        out.mkdir(parents=True, exist_ok=True)
+        if examples:
+            placeholders = placeholders_of(read_config(settings.checkpoint), self.session.processor)
+            for example in examples:
+                check_question(example.where, example.question, placeholders)
+            for split in splits:  # opens every picture
+                self.session.questions(split)
         asked = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(settings).items()
             if name not in ("model", "threads")
         }
-        head = header({"model": self.session.describe_model(), **asked}, NOTES)
+        digests = {
+            f"{name}_sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in (("data", settings.data), ("dev_data", settings.dev_data))
+            if path is not None
+        }
+        head = header({"model": self.session.describe_model(), **asked, **digests}, NOTES)
+        out.mkdir(parents=True, exist_ok=True)
         self.files = {part: PartFile(out, part, head, resume) for part in PARTS if part in parts}
 
     def run(self, workers: int = 1) -> None:

@@ -24,7 +24,7 @@ def write_tables(out: Path) -> list[Path]:
         write_csv(out / "comparisons.csv", comparisons(rows))
         written.append(out / "comparisons.csv")
     if parts:
-        (out / "tables.md").write_text("\n\n".join(_sections(parts)) + "\n")
+        (out / "tables.md").write_text("\n\n".join(_sections(parts)) + "\n", encoding="utf-8")
         written.append(out / "tables.md")
     return written
 

@@ -35,7 +35,8 @@ def folder(tmp_path):
 
 def write(folder, *lines):
     path = folder / "questions.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    lines = (json.dumps(line) if isinstance(line, dict) else line for line in lines)
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     return path
 
 
@@ -63,6 +64,9 @@ def test_only_line_feeds_end_a_line(folder):
     ("line", "said"),
     [
         ("{", "line 2: no JSON"),
+        ("[" * 100_000, "line 2: no JSON"),
+        (b"\xff", "line 2: no UTF-8"),
+        (GOOD | {"type": "\ud800"}, "line 2: expected type to be text in UTF-8"),
         ("[1]", "expected an object, got list"),
         ({"image": "red.png", "question": "?"}, "answer missing"),
         (GOOD | {"kind": "x"}, "unknown kind"),

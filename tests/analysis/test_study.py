@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from typer.testing import CliRunner
 from fastmmoe.cli.app import app
 from fastmmoe.study import methods, tables
 from fastmmoe.study.plots import draw_plots
-from fastmmoe.study.results import read_parts
+from fastmmoe.study.results import PartFile, read_parts
 from fastmmoe.study.study import PARTS, Study, choose, session_of
 from fastmmoe.study.timing import prefill_times
 
@@ -167,3 +170,107 @@ def test_cli_refuses(checkpoint, tmp_path):
     assert "line 1: answer missing" in refused(*out, "--data", questions)
     assert "dev_data: none given, and ablations needs" in refused(*out, "--data", questions, "--parts", "ablations")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A file of three questions, and (whole or not) pictures of theirs."""
+    for name in ("whole", "other"):
+        Image.effect_noise((60, 40), 50).convert("RGB").save(tmp_path / f"{name}.png")
+    content = (tmp_path / "other.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
+
+    def write(**last):
+        lines = [{"image": "whole.png", "question": "how many digits ?", "answer": "3"}] * 2
+        path = tmp_path / "questions.jsonl"
+        path.write_text("\n".join(map(json.dumps, [*lines, lines[0] | last])))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ({"image": "half.png"}, "line 3: image {folder}/half.png: not an image"),
+        ({"question": "<IMG_CONTEXT> ?"}, "line 3: holds <IMG_CONTEXT>"),
+        ({"question": " "}, "line 3: expected a question"),
+        ({"question": "\udcff"}, "line 3: expected question to be text in UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--data", "--dev-data"])
+def test_cli_refuses_questions_by_line(checkpoint, tmp_path, questions, last, says, option):
+    """Also those that only a later part asks."""
+    broken = questions(**last).rename(tmp_path / "broken.jsonl")
+    data = [option, broken] if option == "--data" else ["--data", questions(), option, broken]
+    parts = "methods" if option == "--data" else "methods,ablations"
+    said = refused("--model", checkpoint, "--out", tmp_path / "out", *data, "--parts", parts)
+    assert f"error: {broken}, {says.format(folder=tmp_path)}" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_cli_keeps_results(small, checkpoint, tmp_path, questions, monkeypatch):
+    """An interrupt leaves the rows there are; they are overwritten, or gone on with, as the user says."""
+    out, data = tmp_path / "out", questions()
+    options = ["--model", checkpoint, "--out", out, "--data", data, "--parts", "routing,methods", "--n", 3]
+    add = PartFile.add
+
+    def add_and_interrupt(self, row):
+        add(self, row)
+        if len(self.rows) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFile, "add", add_and_interrupt)
+        assert invoke(*options).exit_code == 130
+    path = out / "methods.json"
+    assert len(json.loads(path.read_text())["rows"]) == 2 and [file.name for file in out.iterdir()] == ["methods.json"]
+    before = path.read_bytes()
+    said = refused(*options)
+    assert "holds an earlier run's methods" in said and "--resume" in said and "--overwrite" in said
+    assert "expected it or --resume" in refused(*options, "--resume", "--overwrite")
+
+    # other settings, another model and other questions under the same name, by name
+    assert "seed was 0 and is 5" in refused(*options, "--resume", "--seed", 5)
+    data.write_text(data.read_text().replace("how many", "count the"))
+    assert "data_sha256 was" in refused(*options, "--resume")
+    data = questions()
+    assert path.read_bytes() == before
+
+    assert invoke(*options, "--resume").exit_code == 0
+    whole = json.loads(path.read_text())
+    assert whole["complete"] and whole["rows"][:2] == json.loads(before)["rows"]
+    assert "holds an earlier run's" in refused(*options)
+    path.write_text("[]")
+    assert f"{path}: no results of a study" in refused(*options, "--resume")
+    # also where only the tables at the end would read it
+    assert f"{path}: no results of a study" in refused(*options[:-4], "--parts", "routing", "--n", 3, "--overwrite")
+    assert invoke(*options, "--overwrite").exit_code == 0
+    assert len(json.loads(path.read_text())["rows"]) == len(whole["rows"])
+
+
+def test_cli_tries_out_before_work(tmp_path):
+    """No such checkpoint is there either: it would be refused next."""
+    file = tmp_path / "file"
+    file.touch()
+    folder = tmp_path / "folder"
+    (folder / "methods.png").mkdir(parents=True)
+    for out in (file, file / "out", Path("/proc/out"), folder):
+        said = refused("--model", tmp_path / "gone", "--out", out)
+        assert said.startswith(f"error: --out {out}") and "cannot be written" in said
+    assert [path.name for path in tmp_path.rglob("*")] == ["file", "folder", "methods.png"]
+
+
+def test_cli_prints_figures_before_a_disk_is_full(checkpoint, tmp_path, questions):
+    options = ["--model", checkpoint, "--data", questions(), "--parts", "routing", "--n", 3, "--json"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "routing.png").symlink_to("/dev/full")
+    result = invoke(*options, "--out", out)
+    assert result.exit_code == 1 and json.loads(result.stdout)["parts"]["routing"]
+    assert result.stderr.endswith(f"error: --out {out}: could not be written: No space left on device\n")
+    (out / "routing.partial").symlink_to("/dev/full")
+    result = invoke(*options, "--out", out, "--overwrite")
+    assert result.exit_code == 1 and json.loads(result.stdout)["parts"]["routing"]
+    assert "No space left on device; " in result.stderr and "--resume" in result.stderr
+    assert json.loads((out / "routing.json").read_text())["complete"]

@@ -216,6 +216,14 @@ def test_run_on_deepseek_vl2(deepseek, tmp_path):
     assert drawn["picture"] == str(output) and output.exists()
 
 
+def test_a_port_in_a_process_that_has_not_imported_it(deepseek, picture):
+    """Past the config, to a prompt that is no UTF-8."""
+    command = [sys.executable, "-m", "fastmmoe.cli", "run", "--model", deepseek, "--image", picture, "--device", "cpu"]
+    done = subprocess.run([*command, "--prompt", b"\xff"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --prompt: expected text in UTF-8, got '\\udcff'\n"
+
+
 def test_flops_of_deepseek_vl2_by_name():
     figures = json.loads(succeed("flops", "deepseek-ai/deepseek-vl2-small", "--vision-top-k", 3, "--json"))
     assert len(figures["per_layer"]) == 27 and 0.2 < figures["saved"] < 0.4

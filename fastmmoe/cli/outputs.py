@@ -1,0 +1,38 @@
+"""The files that a command writes: tried before any work, and written behind the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastmmoe.cli.console import fail, reason
+
+
+def check_output(output: Path) -> None:
+    """Check that a picture can be written there."""
+    if output.suffix.lower() != ".png" or not output.parent.is_dir() or output.is_dir():
+        fail(f"--output {output}: expected a .png file in a directory that exists")
+    check_writable("--output", output)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Check that a file can be opened to write; one that exists stays as it is, one that does not is gone again."""
+    try:
+        target = path.resolve()  # of a link
+        is_new = not target.exists()
+        with target.open("ab"):
+            pass
+        if is_new:
+            target.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
+        fail(f"{option} {path}: cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Where a file cannot be written although it could be opened: say it behind the figures, and exit with code 1."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{option} {path}: could not be written: {error.strerror or reason(error)}", code=1)

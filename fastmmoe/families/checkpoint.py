@@ -1,0 +1,94 @@
+"""Read a checkpoint's config and weights, and refuse what is broken or does not fit together."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from fastmmoe.families import FAMILIES
+
+SHOWN = 3  # names of weights in a message
+
+
+def register_ports() -> None:
+    """Make the models that this package brings known to transformers' Auto classes."""
+    for family in FAMILIES:
+        if family.port:
+            importlib.import_module(family.port)
+
+
+@contextmanager
+def reading(checkpoint: str) -> Iterator[None]:
+    """Turn what broken files make transformers stumble over into OSError, ImportError or ValueError with its name."""
+    try:
+        yield
+    except (OSError, ImportError, ValueError) as error:
+        if checkpoint in str(error):
+            raise
+        kind = next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))
+        raise kind(f"{checkpoint}: {error}") from error
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{checkpoint}: cannot be read ({said})") from error
+
+
+def read_config(checkpoint: str) -> PreTrainedConfig:
+    """The config of a checkpoint, a directory or a hub id.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: a config that is none, or of a model that is not known.
+    """
+    register_ports()
+    with reading(checkpoint):
+        return AutoConfig.from_pretrained(checkpoint)
+
+
+def load_model(
+    checkpoint: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model of a checkpoint, a directory or a hub id, in evaluation mode; all of its weights come from there.
+
+    Raises:
+        OSError: no such checkpoint, no weights in it, or a file of weights that is not whole.
+        ValueError: weights of other shapes than the config's, missing or left-over ones; a model that is not known.
+    """
+    register_ports()
+    with reading(checkpoint):
+        try:
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                checkpoint,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+        except SafetensorError as error:
+            file = _broken_file(checkpoint) or checkpoint
+            raise OSError(f"{file}: not a whole file of weights ({error})") from error
+        shapes = [f"{name}: {tuple(there)}, not {tuple(here)}" for name, there, here in found["mismatched_keys"]]
+        kinds = {"of other shapes": shapes, "missing": found["missing_keys"], "left over": found["unexpected_keys"]}
+        wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+        if wrong:
+            raise ValueError(f"{checkpoint}: the weights are not those of its config: {', '.join(wrong)}")
+        return model.to(device).eval()
+
+
+def _some(names: set[str] | list[str]) -> str:
+    return ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _broken_file(directory: str) -> Path | None:
+    """The first file of weights in a directory that is not whole."""
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return None
