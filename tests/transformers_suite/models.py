@@ -30,6 +30,7 @@ IMAGE, VIDEO, START, END = 10, 11, 12, 13  # low, for some tests cut the vocabul
 FIRST_WORD, LAST_WORD = 20, 79
 TEXT = dict(
     vocab_size=99,
+    initializer_range=0.1,  # experts that matter
     hidden_size=32,
     intermediate_size=40,
     moe_intermediate_size=24,

@@ -1,12 +1,13 @@
 """What a run changes about every model that a test builds; no test may notice."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_leaves
+from transformers import Cache, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fastmmoe
@@ -60,6 +61,31 @@ class Enabled:
             return model
 
         self.enterContext(patch.object(PreTrainedModel, "train", train))
+        for cls in self.all_model_classes:
+            self.enterContext(patch.object(cls, "__call__", self.compared))
+
+    @property
+    def compared(self) -> Callable:
+        """A model's call that also compares what it returns with what the stock model does."""
+        depth = 0
+
+        def call(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                got = nn.Module.__call__(model, *args, **kwargs)
+                if depth == 1 and kwargs.get("past_key_values") is None and plan_in_force(model) is not None:
+                    fastmmoe.disable(model)
+                    try:
+                        want = nn.Module.__call__(model, *args, **kwargs)
+                    finally:
+                        model.eval()
+                    torch.testing.assert_close(_tensors(got), _tensors(want), atol=1e-4, rtol=1e-4)
+                return got
+            finally:
+                depth -= 1
+
+        return call
 
     @property
     def ran_ours(self) -> bool:
@@ -76,3 +102,11 @@ class NothingPruned(Enabled):
     """A stage at each layer, which keeps all tokens."""
 
     config = FastMMoEConfig(prune_layers=(0, 1), retention=1.0)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    leaves = tree_leaves(output)
+    caches = [leaf for leaf in leaves if isinstance(leaf, Cache)]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + [
+        tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)
+    ]
