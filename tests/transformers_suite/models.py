@@ -47,7 +47,7 @@ TEXT = dict(
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
-)  # fmt: skip
+)
 
 
 class Tester:
