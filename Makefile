@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm nightly lint aot wheel bench reference clean
+.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-transformers nightly lint aot wheel \
+	bench reference clean
 
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-oldest  all tests, and every kernel compiled, under the oldest supported versions"
 	@echo "make test-newest  the same under the newest; make test-versions: both"
 	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
+	@echo "make test-transformers  transformers' own tests of three models, as they are and with FastMMoE"
 	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
@@ -89,8 +91,24 @@ $(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest --durations=10 $(or $(TESTS),tests/engines)
 
+# transformers' own tests, from its source distribution; FIGURES=--json=FILE writes what became of them
+SUITE := build/transformers_suite
+
+$(SUITE)/.unpacked: tests/transformers_suite/sdist.txt $(STAMP)
+	rm -rf $(SUITE)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+		--dest $(SUITE) --requirement $<
+	mkdir $(SUITE)/transformers_tests
+	tar -xzf $(SUITE)/transformers-*.tar.gz -C $(SUITE)/transformers_tests --strip-components=2 \
+		--wildcards '*/tests/test_*.py'
+	touch $@
+
+test-transformers: $(SUITE)/.unpacked
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c tests/transformers_suite/pytest.ini --numprocesses auto \
+		tests/transformers_suite $(FIGURES)
+
 # the seed of a failing sequence is printed
-nightly: $(STAMP) test-versions test-vllm
+nightly: $(STAMP) test-versions test-vllm test-transformers
 	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \

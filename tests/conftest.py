@@ -17,6 +17,9 @@ if not HAS_GPU:
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
+# it has a pytest.ini of its own: make test-transformers
+collect_ignore = ["transformers_suite"]
+
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):

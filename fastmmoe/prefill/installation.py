@@ -64,6 +64,10 @@ class Installation:
         """The multimodal model that calls it."""
         return self._parent()
 
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
     def layer(self, number: int) -> nn.Module | None:
         """A decoder layer, as it was when the installation last saw the model."""
         return self._layers[number]()
@@ -185,7 +189,7 @@ class Installation:
         yield TextPatch, self.text, None
         if plan is None:
             return
-        for number in range(len(self._layers)):
+        for number in range(self.num_layers):
             layer = self.layer(number)
             if layer is None:
                 continue  # exchanged, and gone
@@ -216,9 +220,9 @@ class Installation:
         """
         with self._lock:
             layers = [innermost(layer) for layer in self.text.layers]
-            if len(layers) != len(self._layers):
+            if len(layers) != self.num_layers:
                 raise RuntimeError(
-                    f"fastmmoe: no effect: the model has {len(layers)} layers, and had {len(self._layers)} when it was "
+                    f"fastmmoe: no effect: the model has {len(layers)} layers, and had {self.num_layers} when it was "
                     "enabled; enable it again"
                 )
             for number, layer in enumerate(layers):

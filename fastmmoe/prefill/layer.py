@@ -34,6 +34,8 @@ class LayerPatch(Patch):
         place = self.places.get(plan)
         if place is None:
             return self.stock(*args, **kwargs)
+        if forward.injected is not None:
+            args, kwargs = self._with_features(forward, args, kwargs)
         cut = self._shorten_arguments(forward, place.behind, args, kwargs)
         if not forward.has_vision or place.stage is None:
             return self._injected(forward, self.stock(*args, **kwargs))
@@ -54,8 +56,19 @@ class LayerPatch(Patch):
         short = (stage.short, *output[1:]) if isinstance(output, tuple) else stage.short
         return self._injected(forward, short)
 
+    def _with_features(self, forward: ForwardPass, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The layer's arguments, with what the model adds to vision tokens behind the layer before.
+
+        Not in that layer's output: hidden states are those that layers return.
+        """
+        if args:
+            return (forward.inject(self.number - 1, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": forward.inject(self.number - 1, kwargs["hidden_states"])}
+
     def _injected(self, forward: ForwardPass, output: Any) -> Any:
-        """The layer's output, with what the model adds behind it to vision tokens."""
+        """The layer's output, with what the model adds behind it to vision tokens where no layer follows."""
+        if forward.injected is None or self.number + 1 < self.installation.num_layers:
+            return output
         if isinstance(output, tuple):
             return (forward.inject(self.number, output[0]), *output[1:])
         return forward.inject(self.number, output)

@@ -178,7 +178,7 @@ class ForwardPass:
         return (sum(layout.lengths) - n_vision) * top_k + n_vision * self.plan.config.vision_top_k
 
     def inject(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Add to what leaves a layer [rows, n', H] the features of the vision tokens that are left.
+        """Add to what has left a layer [rows, n', H] the features of the vision tokens that are left.
 
         A merged token takes those of the token it stands at.
         """

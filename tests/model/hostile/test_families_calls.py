@@ -113,6 +113,15 @@ def test_pruning_around_the_layers_that_add_features(name, layers):
     torch.testing.assert_close(got[want.kept[0]], want.logits[0], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in PRUNING if name != "qwen3_omni_moe_thinker"])  # refused there
+def test_hidden_states_where_all_tokens_are_kept(name):
+    model, inputs = built(name)
+    want = model(**inputs, output_hidden_states=True).hidden_states
+    with fastmmoe.enabled(model, FastMMoEConfig(prune_layers=LOOPS[name].prune_layers, retention=1.0)):
+        got = model(**inputs, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance(name))
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_omni_moe_thinker", "minimax_m3_vl", "kimi_k25", "dots3_note"])
 def test_an_image_and_a_video(name):
     model, config, inputs = built(name)[0], config_of(name), prompt(name, ((5, 6), (7, 8), (9, 10, 11)), seed=3)
