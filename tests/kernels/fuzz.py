@@ -101,7 +101,7 @@ def topk_routing(draw):
     scale = draw.choice([1, 1, 1, 10])
     logits *= scale
     if chance(draw, 15) and num_tokens:  # one expert of all tokens, or of none
-        logits[:, draw.randrange(num_experts)] = draw.choice([1e4, -1e4, 80.0])
+        logits[:, draw.randrange(num_experts)] = draw.choice([1e4, -1e4])
     logits = routing.strided(logits.to(draw.choice(DTYPES)), draw.choice(LAYOUTS))
     ties = kind == "ties" and scale == 1 and "correction_bias" not in fields
     for backend in backends():
@@ -254,10 +254,21 @@ def prune_batch(draw):
         stream[:] = stream.to(dtype).float()
         if chance(draw, 30):
             spoil(draw, stream)
+    if chance(draw, 25):
+        batch.hidden = batch.hidden.mT.contiguous().mT
+        batch.residual = torch.cat((batch.residual, batch.residual + torch.nan), -1)[..., : batch.residual.shape[-1]]
     source = pruning.random_source(batch) if chance(draw, 50) else None
     rtol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    is_number = (batch.probs.sum(-1) + batch.importance)[batch.vision].isfinite().all()
+    which = draw.choice(["ratio"] * 3 + ["targets", "redundancy"]) if is_number else "ratio"
+    targets = [draw.randint(0, n) for n in batch.layout.n_vision]
     for backend in backends(dtype):
-        pruning.check(batch, backend, dtype, rtol=rtol, source=source, **options)
+        if which == "targets":
+            pruning.check_targets(batch, backend, targets)
+        elif which == "redundancy":
+            pruning.check_keep_by_redundancy(batch, backend, **options)
+        else:
+            pruning.check(batch, backend, dtype, rtol=rtol, source=source, **options)
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------

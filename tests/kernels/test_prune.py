@@ -353,21 +353,24 @@ def test_targets_in_place_of_a_ratio(backend, examples):
     @settings(max_examples=examples, deadline=None)
     @given(batch=batches(ties=True), data=st.data())
     def run(batch, data):
-        targets = [data.draw(st.integers(0, n)) for n in batch.layout.n_vision]
-        stage = STAGE | dict(keep_ratio=None, targets=targets, merge_ratio=0.0)
-        device = batch.to(DEVICE, torch.float32)
-        got = prune_batch(
-            device.hidden, device.residual, device.probs, device.importance, device.layout, backend=backend, **stage
-        )
-        assert got.layout.n_vision == tuple(targets)
-        for sample, target in enumerate(targets):
-            vision = batch.vision[sample].nonzero().flatten().tolist()
-            # sorted() is stable: the earlier of equals stays in front
-            kept = sorted(vision, key=lambda i, s=sample: -batch.importance[s, i].item())[:target]
-            text = (batch.valid[sample] & ~batch.vision[sample]).nonzero().flatten().tolist()
-            assert got.index[sample][got.valid[sample]].tolist() == sorted(kept + text)
+        check_targets(batch, backend, [data.draw(st.integers(0, n)) for n in batch.layout.n_vision])
 
     run()
+
+
+def check_targets(batch, backend, targets):
+    stage = STAGE | dict(keep_ratio=None, targets=targets, merge_ratio=0.0)
+    device = batch.to(DEVICE, torch.float32)
+    got = prune_batch(
+        device.hidden, device.residual, device.probs, device.importance, device.layout, backend=backend, **stage
+    )
+    assert got.layout.n_vision == tuple(targets)
+    for sample, target in enumerate(targets):
+        vision = batch.vision[sample].nonzero().flatten().tolist()
+        # sorted() is stable: the earlier of equals stays in front
+        kept = sorted(vision, key=lambda i, s=sample: -batch.importance[s, i].item())[:target]
+        text = (batch.valid[sample] & ~batch.vision[sample]).nonzero().flatten().tolist()
+        assert got.index[sample][got.valid[sample]].tolist() == sorted(kept + text)
 
 
 @pytest.mark.parametrize(("backend", "examples"), [("torch", 50), ("triton", 4)])
@@ -377,27 +380,31 @@ def test_keep_by_redundancy(backend, examples):
     @settings(max_examples=examples, deadline=None)
     @given(batch=batches(), stage=stages())
     def run(batch, stage):
-        device = batch.to(DEVICE, torch.float32)
-        got = prune_batch(
-            device.hidden, device.residual, device.probs, device.importance, device.layout, backend=backend,
-            keep_by="redundancy", **stage,
-        )  # fmt: skip
-        scoring = {name: stage[name] for name in ("window", "alpha", "strategy")}
-        _, _, scores = window_redundancy(device.probs, device.importance, device.layout, backend=backend, **scoring)
-        scores = scores.tolist()
-        for sample, windows in enumerate(batch.layout.windows(stage["window"])):
-            own, scores = scores[: len(windows)], scores[len(windows) :]
-            plan = prune_plan(batch.layout.runs[sample], stage["keep_ratio"], stage["merge_ratio"], stage["window"])
-            if plan.target == batch.layout.n_vision[sample]:
-                continue
-            order = sorted(range(len(windows)), key=lambda j, own=own: -own[j])  # most redundant first, then earliest
-            merged = set(order[: plan.merged])
-            outside = [(own[j], i) for j, window in enumerate(windows) if j not in merged for i in window]
-            kept = {i for _, i in sorted(outside)[: plan.target - plan.merged]} | {windows[j][0] for j in merged}
-            survivors = got.index[sample][got.valid[sample]].tolist()
-            assert {i for i in survivors if batch.vision[sample, i]} == kept
+        check_keep_by_redundancy(batch, backend, **stage)
 
     run()
+
+
+def check_keep_by_redundancy(batch, backend, **stage):
+    device = batch.to(DEVICE, torch.float32)
+    got = prune_batch(
+        device.hidden, device.residual, device.probs, device.importance, device.layout, backend=backend,
+        keep_by="redundancy", **stage,
+    )  # fmt: skip
+    scoring = {name: stage[name] for name in ("window", "alpha", "strategy")}
+    _, _, scores = window_redundancy(device.probs, device.importance, device.layout, backend=backend, **scoring)
+    scores = scores.tolist()
+    for sample, windows in enumerate(batch.layout.windows(stage["window"])):
+        own, scores = scores[: len(windows)], scores[len(windows) :]
+        plan = prune_plan(batch.layout.runs[sample], stage["keep_ratio"], stage["merge_ratio"], stage["window"])
+        if plan.target == batch.layout.n_vision[sample]:
+            continue
+        order = sorted(range(len(windows)), key=lambda j, own=own: -own[j])  # most redundant first, then earliest
+        merged = set(order[: plan.merged])
+        outside = [(own[j], i) for j, window in enumerate(windows) if j not in merged for i in window]
+        kept = {i for _, i in sorted(outside)[: plan.target - plan.merged]} | {windows[j][0] for j in merged}
+        survivors = got.index[sample][got.valid[sample]].tolist()
+        assert {i for i in survivors if batch.vision[sample, i]} == kept
 
 
 def real_batch(dtype):
