@@ -7,14 +7,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-oldest test-vllm nightly lint aot wheel bench reference clean
+.PHONY: help venv demo test test-oldest test-vllm fuzz nightly lint aot wheel bench reference clean
 
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
 	@echo "make test       all tests"
 	@echo "make test-oldest  all tests, and every kernel compiled, under the oldest supported versions"
 	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
-	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
+	@echo "make fuzz       10,000 random cases of the ops, compared with the reference"
+	@echo "make nightly    long random sequences of uses of a model; families under drawn settings; make fuzz"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
 	@echo "make wheel      build dist/fastmmoe-*.whl"
@@ -72,12 +73,21 @@ $(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest --durations=10 $(or $(TESTS),tests/engines)
 
+# so many of each of the seven ops, from other seeds every time; they and those that fail are printed
+FUZZ_CASES ?= 1500
+FUZZ_SEED ?= $(shell date +%s)
+
+fuzz: $(STAMP)
+	FASTMMOE_FUZZ_CASES=$(FUZZ_CASES) FASTMMOE_FUZZ_SEED=$(FUZZ_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		--numprocesses auto -rP tests/kernels/test_fuzz.py
+
 # the seed of a failing sequence is printed
 nightly: $(STAMP) test-oldest test-vllm
 	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		tests/model/test_parity_families.py
+	$(MAKE) fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

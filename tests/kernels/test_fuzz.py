@@ -10,7 +10,7 @@ import torch
 from .fuzz import OPS
 
 FIRST = int(os.environ.get("FASTMMOE_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("FASTMMOE_FUZZ_CASES", "15"))  # of each op
+CASES = int(os.environ.get("FASTMMOE_FUZZ_CASES", "15"))  # of each op: the slice that every run has
 # seeds that have failed, and what was wrong; a change of `fuzz.py` makes other cases of them
 REGRESSIONS: dict[str, list[int]] = {}
 
