@@ -11,19 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmmoe_kernels.order import LOWEST_KEY, ordered_key
 from fastmmoe_kernels.prune.arguments import PruneArguments, PruneResults
 from fastmmoe_kernels.variant import KernelVariant
 
 BLOCK_N = 2048
 SELECT_WARPS = 8
-UNSELECTABLE = LOWEST_KEY
+UNSELECTABLE = tl.constexpr(-(2**31))
 
 
 @triton.jit
-def _selection_key(x):
-    """`ordered_key`, but UNSELECTABLE for -inf."""
-    return tl.where(x == float("-inf"), UNSELECTABLE, ordered_key(x))
+def _ordered_key(x):
+    """float32 -> int32 with the same order; NaN is the largest, as in torch.sort; -inf becomes UNSELECTABLE."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(x != x, 0x7FFFFFFF, key)
+    return tl.where(x == float("-inf"), UNSELECTABLE, key)
 
 
 @triton.jit
@@ -84,7 +86,7 @@ def select_kernel(
     for start in range(0, n, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
         redundancy = tl.load(redundancy_ptr + row + position, mask=position < n, other=float("-inf"))
-        tl.store(key_ptr + position, _selection_key(redundancy))
+        tl.store(key_ptr + position, _ordered_key(redundancy))
     tl.debug_barrier()  # one thread's keys are read by others
     threshold, ties_to_take = _threshold(key_ptr, n, merged, BLOCK_N)
     ties_seen = 0
@@ -99,7 +101,7 @@ def select_kernel(
         rank = tl.load(rank_ptr + row + position, mask=position < n, other=-1)
         importance = tl.load(importance_ptr + row + position, mask=position < n, other=float("-inf"))
         in_merged = tl.load(head_ptr + row + position - rank % WINDOW, mask=rank >= 0, other=1)
-        tl.store(key_ptr + position, tl.where(in_merged == 0, _selection_key(importance), UNSELECTABLE))
+        tl.store(key_ptr + position, tl.where(in_merged == 0, _ordered_key(importance), UNSELECTABLE))
     tl.debug_barrier()
     target = tl.load(table_ptr + 2 * batch + sample)
     threshold, ties_to_take = _threshold(key_ptr, n, target - merged, BLOCK_N)

@@ -11,21 +11,23 @@ import triton
 import triton.language as tl
 
 from fastmmoe_kernels.grid import cdiv
-from fastmmoe_kernels.order import LOWEST_KEY, key_value, ordered_key
 from fastmmoe_kernels.routing.options import RoutingOptions
 from fastmmoe_kernels.variant import KernelVariant
 
+INF = tl.constexpr(float("inf"))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # of what is not taken yet
+
 
 @triton.jit
-def _best_first(keys, index, BLOCK: tl.constexpr):
-    """Per row, the largest key and its index; ties go to the lower index."""
-    best = tl.max(keys, axis=1)
-    return best, tl.min(tl.where(keys == best[:, None], index, BLOCK), axis=1)
+def _best_first(scores, index, BLOCK: tl.constexpr):
+    """Per row, the largest score and its index; ties go to the lower index."""
+    best = tl.max(scores, axis=1)
+    return best, tl.min(tl.where(scores == best[:, None], index, BLOCK), axis=1)
 
 
 @triton.jit
 def _mask_groups(
-    keys,  # [BT, BE]
+    scores,  # [BT, BE]
     expert,  # [1, BE]
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
@@ -34,22 +36,22 @@ def _mask_groups(
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Set the keys of experts outside the best groups to the lowest."""
+    """Set the scores of experts outside the best groups to -inf."""
     group = tl.arange(0, BLOCK_G)[None, :]
-    worth = tl.full((keys.shape[0], BLOCK_G), LOWEST_KEY, tl.int32)  # [BT, BG]
+    worth = tl.full((scores.shape[0], BLOCK_G), float("-inf"), tl.float32)  # [BT, BG]
     for g in tl.static_range(N_GROUP):
-        inside = tl.where(expert // GROUP_SIZE == g, keys, LOWEST_KEY)
+        inside = tl.where(expert // GROUP_SIZE == g, scores, float("-inf"))
         best, first = _best_first(inside, expert, BLOCK_E)
         if GROUP_BEST == 2:
-            second = tl.max(tl.where(expert == first[:, None], LOWEST_KEY, inside), axis=1)
-            best = ordered_key(key_value(best) + key_value(second))
+            best += tl.max(tl.where(expert == first[:, None], float("-inf"), inside), axis=1)
+            best = tl.maximum(best, LOWEST)
         worth = tl.where(group == g, best[:, None], worth)
-    allowed = tl.zeros(keys.shape, tl.int32)
+    allowed = tl.zeros(scores.shape, tl.int32)
     for _ in tl.static_range(TOPK_GROUP):
         _, chosen = _best_first(worth, group, BLOCK_G)
-        worth = tl.where(group == chosen[:, None], LOWEST_KEY, worth)
+        worth = tl.where(group == chosen[:, None], float("-inf"), worth)
         allowed = tl.where(expert // GROUP_SIZE == chosen[:, None], 1, allowed)
-    return tl.where(allowed != 0, keys, LOWEST_KEY)
+    return tl.where(allowed != 0, scores, float("-inf"))
 
 
 @triton.jit
@@ -94,23 +96,27 @@ def _route(
     scores = probs
     if HAS_BIAS:
         scores += tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
-    # as integers: a NaN among floats would be passed over, and all NaN would be equal to no expert
-    keys = tl.where(expert < E, ordered_key(scores), LOWEST_KEY)
+        scores = tl.where(scores < LOWEST, LOWEST, scores)
+    # a maximum passes over NaN, which equals nothing: as inf it is the largest, and found
+    scores = tl.where(scores == scores, scores, INF)
+    scores = tl.where(expert < E, scores, float("-inf"))
     if N_GROUP > 1:
-        keys = _mask_groups(keys, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, GROUP_BEST, BLOCK_G, BLOCK_E)
+        scores = _mask_groups(scores, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, GROUP_BEST, BLOCK_G, BLOCK_E)
 
     slot = tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     ids = tl.full((BLOCK_T, BLOCK_K), E, tl.int32)
     weights = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for k in tl.static_range(K):
-        best, chosen = _best_first(keys, expert, BLOCK_E)  # [BT]
+        weight, chosen = _best_first(scores, expert, BLOCK_E)  # [BT]
         is_chosen = expert == chosen[:, None]
-        # without a bias, an expert's score is its probability
-        weight = tl.sum(tl.where(is_chosen, probs, 0.0), axis=1) if HAS_BIAS else key_value(best)
-        keys = tl.where(is_chosen, LOWEST_KEY, keys)
+        if HAS_BIAS:  # otherwise an expert's score is its probability
+            weight = tl.sum(tl.where(is_chosen, probs, 0.0), axis=1)
+        scores = tl.where(is_chosen, float("-inf"), scores)
         ids = tl.where(slot == k, chosen[:, None], ids)
         weights = tl.where(slot == k, weight[:, None], weights)
 
+    if not HAS_BIAS:
+        weights = tl.where(weights == INF, float("nan"), weights)  # no probability is infinite
     if K_VISION < K:
         is_vision = tl.load(vision_ptr + row, mask=in_rows, other=0) != 0
         inactive = is_vision[:, None] & (slot >= K_VISION)

@@ -118,6 +118,7 @@ def gate_routing(draw):
         gate.hidden, gate.weight, gate.correction_bias = gate.hidden.sign(), (2 * gate.weight).round(), None
         gate.options["group_best"] = 1  # which other sums of two are equal depends on rounding
     else:
+        gate.hidden *= 0.5  # among millions of logits some are large, and the bound is one for unit scale
         set_values(draw, gate.hidden)
         if chance(draw, 10):
             spoil(draw, gate.weight)
