@@ -11,8 +11,13 @@ from .fuzz import OPS
 
 FIRST = int(os.environ.get("FASTMMOE_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FASTMMOE_FUZZ_CASES", "15"))  # of each op: the slice that every run has
-# seeds that have failed, and what was wrong; a change of `fuzz.py` makes other cases of them
-REGRESSIONS: dict[str, list[int]] = {}
+# seeds that have failed; a change of a function in `fuzz.py` makes other cases of its seeds
+REGRESSIONS = {
+    "topk_routing": [21, 25, 29, 30, 41],  # NaN: another expert, one that does not exist, weights in inactive slots
+    "gate_routing": [23],  # likewise
+    "last_query_attention": [16],  # NaN at keys that a head does not see
+    "window_redundancy": [50],  # one NaN importance in all windows of a sample
+}
 
 
 # of infinities and NaN in NumPy, which the interpreter computes with
