@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-transformers nightly lint aot wheel \
-	bench reference clean
+.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-transformers fuzz nightly lint aot \
+	wheel bench reference clean
 
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-newest  the same under the newest; make test-versions: both"
 	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
 	@echo "make test-transformers  transformers' own tests of three models, as they are and with FastMMoE"
-	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
+	@echo "make fuzz       10,000 random cases of the ops, compared with the reference"
+	@echo "make nightly    all of these, long random sequences of uses of a model, families under drawn settings, load"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
 	@echo "make wheel      build dist/fastmmoe-*.whl"
@@ -107,12 +108,21 @@ test-transformers: $(SUITE)/.unpacked
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c tests/transformers_suite/pytest.ini --numprocesses auto \
 		tests/transformers_suite $(FIGURES)
 
+# so many of each of the seven ops, from other seeds every time; they and those that fail are printed
+FUZZ_CASES ?= 1500
+FUZZ_SEED ?= $(shell date +%s)
+
+fuzz: $(STAMP)
+	FASTMMOE_FUZZ_CASES=$(FUZZ_CASES) FASTMMOE_FUZZ_SEED=$(FUZZ_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		--numprocesses auto -rP tests/kernels/test_fuzz.py
+
 # the seed of a failing sequence is printed
 nightly: $(STAMP) test-versions test-vllm test-transformers
 	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		tests/model/test_parity_families.py
+	$(MAKE) fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

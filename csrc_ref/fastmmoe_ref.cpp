@@ -1,9 +1,12 @@
 // The FastMMoE operations (arXiv 2511.17885) once more, as definitions: float64, scalar loops, one token at a time.
 //
 // Nothing here is tuned and nothing is shared with the kernels, so that the two can only agree by both being right.
-// Arrays are dense and row-major; a mask is one byte per token, nonzero = true. Callers pass valid sizes and no NaN
+// Arrays are dense and row-major; a mask is one byte per token, nonzero = true. Callers pass valid sizes
 // (tests/oracle.py checks); `T` tokens, `E` experts, `K` experts per token, `H` hidden size, `I` expert intermediate
 // size, `B` samples of `n` padded positions, `W` tokens per window.
+//
+// Values may be NaN or infinite. Where a definition chooses, NaN is the largest score; everywhere else it stays NaN.
+// std::max(x, bound) keeps a NaN x, std::max(bound, x) would not.
 
 #include <algorithm>
 #include <cmath>
@@ -35,8 +38,7 @@ double norm(const double* x, int64_t size) { return std::sqrt(dot(x, x, size)); 
 
 // cosine of the angle between x and y; a zero vector has no direction and resembles nothing: 0.
 double cosine(const double* x, const double* y, int64_t size) {
-    const double norms = norm(x, size) * norm(y, size);
-    return norms > 0.0 ? dot(x, y, size) / norms : 0.0;
+    return dot(x, y, size) / std::max(norm(x, size) * norm(y, size), 1e-20);
 }
 
 // mean of the given rows of a [rows, size] matrix.
@@ -57,13 +59,20 @@ struct Choice {
     double margin;               // last score taken - best score left over; infinite when either does not exist
 };
 
+// NaN is above any number, and no NaN is above another.
+bool above(double a, double b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
+
+// how far score a, the better one, is from b; nothing can be confused with NaN.
+double gap_between(double a, double b) { return std::isnan(a) ? INF : a - b; }
+
 // the `count` candidates with the largest score[candidate]; equal scores: the candidate listed first.
 Choice take_largest(std::vector<int64_t> candidates, const std::vector<double>& score, int64_t count) {
     std::stable_sort(candidates.begin(), candidates.end(),
-                     [&](int64_t a, int64_t b) { return score[a] > score[b]; });
+                     [&](int64_t a, int64_t b) { return above(score[a], score[b]); });
     const int64_t available = static_cast<int64_t>(candidates.size());
     double margin = INF;
-    if (count > 0 && count < available) margin = score[candidates[count - 1]] - score[candidates[count]];
+    if (count > 0 && count < available)
+        margin = gap_between(score[candidates[count - 1]], score[candidates[count]]);
     candidates.resize(std::min(count, available));
     return {candidates, margin};
 }
@@ -98,7 +107,7 @@ Choice choose_groups(const std::vector<double>& s, int64_t n_group, int64_t topk
     std::vector<double> group_score(n_group);
     for (int64_t g = 0; g < n_group; ++g) {
         std::vector<double> members(s.begin() + g * size, s.begin() + (g + 1) * size);
-        std::sort(members.rbegin(), members.rend());
+        std::sort(members.begin(), members.end(), above);
         group_score[g] = std::accumulate(members.begin(), members.begin() + group_best, 0.0);
     }
     return take_largest(first_integers(n_group), group_score, topk_group);
@@ -166,24 +175,23 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
         const Choice selected = take_largest(eligible, s, active);
         const Choice original = take_largest(eligible, s, top_k);  // what the pretrained model would have chosen
 
-        // the sum that the weights shall have, before the scaling factor.
+        // what gives the weights the sum that they shall have, before the scaling factor.
         const bool rescale = !norm_topk_prob && renormalize && active < top_k;
-        const double sum = sum_over(selected.taken, p);
-        double wanted = sum;
-        if (norm_topk_prob) wanted = 1.0;
-        if (rescale) wanted = sum_over(original.taken, p);
+        const double sum = std::max(sum_over(selected.taken, p), 1e-20);  // probabilities that are all zero stay zero
+        double scale = 1.0;
+        if (norm_topk_prob) scale = 1.0 / sum;
+        if (rescale) scale = sum_over(original.taken, p) / sum;
 
         for (int64_t k = 0; k < active; ++k) {
             const int64_t e = selected.taken[k];
             ids[t * top_k + k] = static_cast<int32_t>(e);
-            // probabilities that are all zero stay zero.
-            if (sum > 0.0) weights[t * top_k + k] = p[e] * (wanted / sum) * routed_scaling_factor;
+            weights[t * top_k + k] = p[e] * scale * routed_scaling_factor;
         }
 
         // a rescaled token also depends on who is in its original top-K.
         score_gap[t] = rescale ? std::min(selected.margin, original.margin) : selected.margin;
         for (int64_t k = 1; k < active; ++k)
-            order_gap[t] = std::min(order_gap[t], s[selected.taken[k - 1]] - s[selected.taken[k]]);
+            order_gap[t] = std::min(order_gap[t], gap_between(s[selected.taken[k - 1]], s[selected.taken[k]]));
     }
 }
 
@@ -204,7 +212,7 @@ double gelu_tanh(double x) {
     return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / pi) * (x + 0.044715 * x * x * x)));
 }
 
-double clamp(double x, double limit) { return std::max(-limit, std::min(x, limit)); }
+double clamp(double x, double limit) { return std::max(std::min(x, limit), -limit); }
 
 // what an expert makes of its gate and its up projection, in one of its I places; RELU2 has no gate.
 double activate(double gate, double up, int32_t activation, double limit, double alpha) {
@@ -216,7 +224,7 @@ double activate(double gate, double up, int32_t activation, double limit, double
             return g * sigmoid(alpha * g) * (clamp(up, limit) + 1.0);
         }
         case GELU_TANH: return gelu_tanh(gate) * up;
-        case RELU2: return up > 0.0 ? up * up : 0.0;
+        case RELU2: return std::max(up, 0.0) * std::max(up, 0.0);
         default: return silu(gate) * up;
     }
 }
@@ -280,15 +288,15 @@ void fastmmoe_ref_last_query_attention(const double* query, const double* key, c
             const uint8_t* valid = key_mask + (b * Hm + h / (Hq / Hm)) * n;
             double largest = sinks[h];
             for (int64_t j = 0; j < n; ++j) {
-                if (!valid[j]) continue;
-                score[j] = scale * dot(q, keys + j * D, D);
+                score[j] = valid[j] ? scale * dot(q, keys + j * D, D) : -INF;
                 largest = std::max(largest, score[j]);
             }
-            double sum = largest == -INF ? 0.0 : std::exp(sinks[h] - largest);
+            // a score of -inf has no part in the sum and gets 0, also where the sum is NaN
+            double sum = sinks[h] == -INF ? 0.0 : std::exp(sinks[h] - largest);
             for (int64_t j = 0; j < n; ++j)
-                if (valid[j]) sum += std::exp(score[j] - largest);
+                if (score[j] != -INF) sum += std::exp(score[j] - largest);
             for (int64_t j = 0; j < n; ++j)
-                if (valid[j]) probs[b * n + j] += std::exp(score[j] - largest) / sum / static_cast<double>(Hq);
+                if (score[j] != -INF) probs[b * n + j] += std::exp(score[j] - largest) / sum / static_cast<double>(Hq);
         }
     }
 }
@@ -399,7 +407,8 @@ Redundancy redundancy_of(const Sample& sample, const std::vector<Positions>& win
         for (int64_t i : windows[j]) r.A[j] += sample.importance[i];
         r.A[j] /= size;
     }
-    const double largest = count > 0 ? *std::max_element(r.A.begin(), r.A.end()) : 0.0;
+    double largest = -INF;  // of the numbers: NaN is a matter of its own window
+    for (double a : r.A) largest = std::max(largest, a);
     for (size_t j = 0; j < count; ++j) {
         r.A[j] /= largest + 1e-10;
         switch (strategy) {

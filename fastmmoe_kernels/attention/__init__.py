@@ -22,6 +22,10 @@ def last_query_attention(
     Costs one pass over the keys and O(Hq n) memory, never an n x n matrix. Computed in float32; keys of any strides
     (slices of a cache, expanded heads) are read where they lie.
 
+    A logit of -inf adds 0, as that of a masked key does, also where all are -inf. A logit of NaN or inf, from a head's
+    query, its sink or a key that it reads, makes its shares of all other keys NaN. Masked keys stay 0; other samples do
+    not change, unless by a sink. Equal keys, a query of zeros and denormals give equal shares.
+
     Args:
         query: float32, float16 or bfloat16 [B, Hq, D], the one query row that matters, position encoding applied.
         key: same dtype [B, Hkv, n, D], Hkv a divisor of Hq: query head h reads key head h // (Hq // Hkv).

@@ -134,7 +134,8 @@ def attention_mean_kernel(
             denominator += tl.sum(block_sum * tl.exp(block_max - highest), axis=1)
         denominator = tl.where(denominator == 0.0, 1.0, denominator)[:, None]
         logits = tl.load(logits_ptr + (row + block) * BLOCK_N + column, mask=inside, other=float("-inf"))
-        total += tl.sum(tl.exp(logits - highest) / denominator, axis=0)
+        # a masked key gets 0 from a head whose denominator is NaN, too
+        total += tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp(logits - highest) / denominator), axis=0)
     position = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(output_ptr + batch * num_keys + position, total / NUM_HEADS, mask=position < num_keys)
 

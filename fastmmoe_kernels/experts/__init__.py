@@ -30,6 +30,12 @@ def moe_experts(
     A slot whose id is no expert (negative, or >= E as `topk_routing` writes into inactive slots) is skipped: it costs
     nothing, and a token with no active slot yields zeros. Products accumulate in float32, as does the sum over slots.
 
+    NaN or an infinity in a token, in the weight of an active slot, or in an expert is in the tokens that it belongs to
+    (no clamp hides NaN, and 0 times NaN is NaN), nowhere else: an inactive slot's weight and an expert that no token
+    activates may hold anything. An expert that all tokens activate is none but a busy one. Activations and experts'
+    outputs are rounded to hidden's dtype, in the torch backend the first product too: beyond float16 they are infinite,
+    and NaN where infinities are added up; what is denormal in a 16-bit type may be lost.
+
     The weights may be views with any strides, of which one in the last two dimensions is 1: a parameter [E, H, 2I] is
     handed in as `.mT`. They are not copied.
 

@@ -100,11 +100,19 @@ def prune_batch(
     A sample with at most one vision token, or whose target is no smaller than its number of vision tokens, keeps all
     of its tokens. Padding of the input is dropped as far as the longest sample allows.
 
+    NaN is the largest score, as in torch.sort: a window with a NaN redundancy is merged first, a token with a NaN
+    importance kept first, so that NaN does not vanish; ties go to the earlier. NaN in a token of a merged window is in
+    the merged token (an infinity too; with "mlerp" either makes all features NaN), nowhere else. Merges are computed in
+    float32; a result beyond float16 is infinite. "mlerp": vectors longer than 1e19 overflow to NaN; those that are zero
+    or cancel exactly merge to zero, as a mean counts as 1e-10 long at least; where they cancel but for rounding, the
+    direction is that of the rounding.
+
     Args:
         hidden: floating [B, n, H], normed hidden states (the MoE's input).
         residual: floating [B, n, H], the residual stream; merged by itself.
         probs: float32 [B, n, E], the gate's probabilities at this layer.
-        importance: float32 [B, n], attention probability from the sample's last token to each token.
+        importance: float32 [B, n], attention probability from the sample's last token to each token; not -inf, which
+            would never be kept.
         layout: where the vision tokens are.
         source: int64 [B, n], position of each token in an earlier, longer sequence (behind an earlier stage, that
             stage's `index`); None when the tokens are that sequence.

@@ -157,7 +157,8 @@ def _merge_rows(
             mean = tl.sum(x, axis=0) / size
             squares += tl.sum(x * x, axis=1)
             mean_square += tl.sum(mean * mean, axis=0)
-        scale = tl.sqrt(tl.max(squares, axis=0)) / tl.maximum(tl.sqrt(mean_square), 1e-10)
+        length = tl.maximum(tl.sqrt(mean_square), 1e-10, propagate_nan=tl.PropagateNan.ALL)
+        scale = tl.sqrt(tl.max(squares, axis=0)) / length
     for start in range(0, H, BLOCK_H):
         column = start + feature
         x = tl.load(x_ptr + rows + column[None, :], mask=member & (column < H)[None, :], other=0.0)

@@ -23,6 +23,11 @@ def window_redundancy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score every window of the batch (method sections 2.2 to 2.4).
 
+    The cosine with a token of zeros is 0: products of norms count as 1e-20 at least. NaN or an infinity in a token's
+    probabilities makes the S of its window NaN, a NaN importance the A of its window. A is relative to the largest
+    number among the sample's windows, so that no other window changes; next to an importance of inf, whose A is NaN, it
+    is 0.
+
     Args:
         probs: float32 [B, n, E], the gate's probabilities at this layer; only vision tokens are read.
         importance: float32 [B, n], attention probability from the sample's last token; only vision tokens are read.

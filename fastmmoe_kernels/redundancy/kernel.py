@@ -75,7 +75,8 @@ def window_redundancy_kernel(
         rank = tl.load(rank_ptr + row + position, mask=position < n, other=-1)
         is_head = (rank >= 0) & (rank % WINDOW == 0)
         a = tl.load(attention_ptr + row + position, mask=position < n, other=0.0)
-        most = tl.maximum(most, tl.max(tl.where(is_head, a, float("-inf")), axis=0))
+        # of the windows that have a number: NaN is a matter of its own window
+        most = tl.maximum(most, tl.max(tl.where(is_head & (a == a), a, float("-inf")), axis=0))
         windows += tl.sum(is_head.to(tl.int32), axis=0)
     tl.store(windows_ptr + tl.program_id(0), windows)
     for start in range(0, n, BLOCK_N):

@@ -29,9 +29,10 @@ def window_scores_reference(
     similarity = torch.where(is_head & (size > 1), similarity, 0.0)
 
     attention = torch.zeros_like(a).scatter_add_(1, head, a) / size
-    attention = torch.where(is_head, attention, 0.0)
     if attention.numel():
-        attention = attention / (attention.amax(1, keepdim=True) + 1e-10)
+        # of the windows that have a number: NaN is a matter of its own window
+        most = torch.where(is_head & (attention == attention), attention, float("-inf")).amax(1, keepdim=True)
+        attention = torch.where(is_head, attention / (most + 1e-10), 0.0)
 
     if strategy == "hybrid":
         redundancy = alpha * similarity - (1.0 - alpha) * attention

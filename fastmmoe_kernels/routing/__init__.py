@@ -61,6 +61,12 @@ def topk_routing(
 
     Everything is computed in float32. Ties go to the lower expert id.
 
+    NaN is the largest score, as in torch.sort: its expert is chosen, its weight is NaN, and so are all weights that are
+    divided by a sum with it. A softmax over NaN, over inf, or over nothing but -inf is NaN in all experts, of which the
+    first K are chosen; the sigmoid of inf is 1. Whatever the logits are, active slots of a token hold different experts
+    in 0..E-1, its inactive ones E and 0, and no token depends on another. Sums of weights count as 1e-20 at least, so
+    that probabilities of 0 give weights of 0; denormal probabilities are inexact, or 0.
+
     Args:
         logits: float32, float16 or bfloat16 [T, E], the gate's raw scores z.
         top_k: experts per token, K, in 1..E.
@@ -69,7 +75,8 @@ def topk_routing(
         vision_top_k: experts per vision token, in 1..K; None: K.
         scoring: "softmax" or "sigmoid", how z becomes p.
         norm_topk_prob: divide the selected p by their sum.
-        correction_bias: floating [E], added to p for the selection only.
+        correction_bias: floating [E], added to p for the selection only; -inf puts an expert behind all others that
+            may be selected.
         n_group, topk_group: only experts of the `topk_group` best of `n_group` equal groups may be selected.
         group_best: how many of a group's best scores are summed to what it is worth, 1 or 2; None: two with a
             `correction_bias` (as far as it has two), else one.
@@ -116,7 +123,11 @@ def gate_routing(
 ) -> GateOutput:
     """The gate's linear layer and `topk_routing` of its logits, in one kernel (method section 1).
 
-    The logits are accumulated in float32 and never rounded to the type of the tokens.
+    The logits are accumulated in float32 and never rounded to the type of the tokens: float16 does not overflow.
+
+    NaN and infinity in a token are in its own logits alone, in an expert's row of `weight` or in its `bias` in that
+    expert's logits of all tokens; `topk_routing` says what becomes of them. The logits of a token of zeros tie, unless
+    there is a bias: its experts are the first K.
 
     Args:
         hidden: float32, float16 or bfloat16 [T, H], the gate's input x.

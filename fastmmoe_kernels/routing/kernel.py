@@ -14,6 +14,9 @@ from fastmmoe_kernels.grid import cdiv
 from fastmmoe_kernels.routing.options import RoutingOptions
 from fastmmoe_kernels.variant import KernelVariant
 
+INF = tl.constexpr(float("inf"))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # of what is not taken yet
+
 
 @triton.jit
 def _best_first(scores, index, BLOCK: tl.constexpr):
@@ -41,6 +44,7 @@ def _mask_groups(
         best, first = _best_first(inside, expert, BLOCK_E)
         if GROUP_BEST == 2:
             best += tl.max(tl.where(expert == first[:, None], float("-inf"), inside), axis=1)
+            best = tl.maximum(best, LOWEST)
         worth = tl.where(group == g, best[:, None], worth)
     allowed = tl.zeros(scores.shape, tl.int32)
     for _ in tl.static_range(TOPK_GROUP):
@@ -92,6 +96,9 @@ def _route(
     scores = probs
     if HAS_BIAS:
         scores += tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
+        scores = tl.where(scores < LOWEST, LOWEST, scores)
+    # a maximum passes over NaN, which equals nothing: as inf it is the largest, and found
+    scores = tl.where(scores == scores, scores, INF)
     scores = tl.where(expert < E, scores, float("-inf"))
     if N_GROUP > 1:
         scores = _mask_groups(scores, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, GROUP_BEST, BLOCK_G, BLOCK_E)
@@ -108,23 +115,27 @@ def _route(
         ids = tl.where(slot == k, chosen[:, None], ids)
         weights = tl.where(slot == k, weight[:, None], weights)
 
+    if not HAS_BIAS:
+        weights = tl.where(weights == INF, float("nan"), weights)  # no probability is infinite
     if K_VISION < K:
         is_vision = tl.load(vision_ptr + row, mask=in_rows, other=0) != 0
         inactive = is_vision[:, None] & (slot >= K_VISION)
         reduced = tl.where(inactive, 0.0, weights)
         if RENORMALIZE and not NORMALIZE:
-            scale = tl.sum(weights, axis=1) / tl.maximum(tl.sum(reduced, axis=1), 1e-20)
+            kept = tl.maximum(tl.sum(reduced, axis=1), 1e-20, propagate_nan=tl.PropagateNan.ALL)
+            scale = tl.sum(weights, axis=1) / kept
             reduced *= scale[:, None]
         weights = tl.where(is_vision[:, None], reduced, weights)
         ids = tl.where(inactive, E, ids)
     if NORMALIZE:
-        weights /= tl.maximum(tl.sum(weights, axis=1), 1e-20)[:, None]
+        weights /= tl.maximum(tl.sum(weights, axis=1), 1e-20, propagate_nan=tl.PropagateNan.ALL)[:, None]
     weights *= scaling
     if HAS_PADDING:
-        # last, and by selection: whatever a padding token's logits are, NaN too, its weights are 0
         is_padding = (tl.load(padding_ptr + row, mask=in_rows, other=0) != 0)[:, None]
         ids = tl.where(is_padding, E, ids)
-        weights = tl.where(is_padding, 0.0, weights)
+    if HAS_PADDING or K_VISION < K:
+        # last, and by selection: NaN would have spread to slots that were 0
+        weights = tl.where(ids == E, 0.0, weights)
 
     stored = in_rows[:, None] & (slot < K)
     tl.store(ids_ptr + row[:, None] * K + slot, ids, mask=stored)

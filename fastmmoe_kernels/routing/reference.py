@@ -22,6 +22,8 @@ def topk_routing_reference(
         worth = best[..., : options.scores_per_group(num_experts)].sum(-1)  # [T, G]
         groups = worth.sort(dim=-1, descending=True, stable=True).indices[:, : options.topk_group]
         allowed = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, groups, True)
+        # an allowed expert goes before one that is not, also with a bias of -inf
+        grouped = grouped.clamp_min(torch.finfo(torch.float32).min)
         scores = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).view(num_tokens, num_experts)
 
     ids = _topk_lowest_id_first(scores, top_k)  # [T, K]
@@ -38,7 +40,9 @@ def topk_routing_reference(
     weights = weights * options.routed_scaling_factor
     if padding_mask is not None:
         ids = ids.masked_fill(padding_mask.unsqueeze(1), num_experts)
-        weights = weights.masked_fill(padding_mask.unsqueeze(1), 0.0)
+    if vision_mask is not None or padding_mask is not None:
+        # last, and by selection: NaN would have spread to slots that were 0
+        weights = weights.masked_fill(ids == num_experts, 0.0)
     return ids.to(torch.int32), weights, probs if options.return_probs else probs.new_empty(0)
 
 

@@ -221,7 +221,7 @@ def test_scales(backend, scale):
 
 def cache_view(key):
     """A slice of a longer cache."""
-    cache = torch.full((key.shape[0], key.shape[1], key.shape[2] + 5, key.shape[3]), torch.nan, device=key.device)
+    cache = key.new_full((key.shape[0], key.shape[1], key.shape[2] + 5, key.shape[3]), torch.nan)
     cache[:, :, 2:-3] = key
     return cache[:, :, 2:-3]
 

@@ -344,6 +344,19 @@ def test_torch_backend_in_several_blocks(monkeypatch):
     check(make_case(130, 3, 2, 40, 24), "torch")
 
 
+def active_pairs(case):
+    """(expert, pair), expert by expert, of the slots that hold one."""
+    flat = case.ids.flatten().tolist()
+    return sorted((expert, pair) for pair, expert in enumerate(flat) if 0 <= expert < len(case.down_proj))
+
+
+def lost_tokens(case, max_pairs):
+    """bool [T]: tokens of pairs past the most that the host was told."""
+    lost = torch.zeros(len(case.hidden), dtype=torch.bool)
+    lost[[pair // case.ids.shape[1] for _, pair in active_pairs(case)[max_pairs:]]] = True
+    return lost
+
+
 @all_runs
 @settings(max_examples=10, deadline=None)
 @given(
@@ -357,14 +370,11 @@ def test_torch_backend_in_several_blocks(monkeypatch):
 def test_most_pairs(backend, dtype, num_tokens, num_experts, top_k, more, seed):
     """As many as are active, or more, change nothing; where they are fewer, tokens of rows past them yield NaN."""
     case = make_case(num_tokens, num_experts, top_k, 40, 24, dtype=dtype, seed=seed)
-    flat = case.ids.flatten().tolist()
-    rows = sorted((expert, pair) for pair, expert in enumerate(flat) if 0 <= expert < num_experts)
-    max_pairs = max(1, len(rows) + more)
-    got = replace(case, options={"max_pairs": max_pairs}).run(backend)
-    lost = sorted({pair // top_k for _, pair in rows[max_pairs:]})
+    max_pairs = max(1, len(active_pairs(case)) + more)
+    got, want = replace(case, options={"max_pairs": max_pairs}).run(backend), expected(case)
+    lost = lost_tokens(case, max_pairs)
     assert got[lost].isnan().all()
-    kept = [token for token in range(num_tokens) if token not in lost]
-    assert_near(got[kept], expected(case)[kept], dtype)
+    assert_near(got[~lost], want[~lost], dtype)
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])

@@ -49,7 +49,10 @@ def find_runs(row):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(batches(), st.integers(1, 5), st.booleans())
 def test_layout_of_a_padded_batch(batch, window, vision_at_padding):
-    rows, side = batch
+    check_layout(*batch, window, vision_at_padding)
+
+
+def check_layout(rows, side, window, vision_at_padding):
     layout = build(rows, vision_at_padding=vision_at_padding)
     assert (layout.batch_size, layout.width) == (len(rows), len(rows[0]))
     assert layout.lengths == tuple(sum(t != PADDING for t in row) for row in rows)
@@ -81,7 +84,11 @@ def test_layout_of_a_padded_batch(batch, window, vision_at_padding):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(batches(), ratios.filter(lambda r: r > 0), ratios, st.integers(1, 5))
 def test_counts_of_a_batch_are_the_plans_of_its_samples(batch, keep_ratio, merge_ratio, window):
-    layout = build(batch[0])
+    check_counts(batch[0], keep_ratio, merge_ratio, window)
+
+
+def check_counts(rows, keep_ratio, merge_ratio, window):
+    layout = build(rows)
     counts = layout.prune_counts(keep_ratio, merge_ratio, window)
     plans = [prune_plan(runs, keep_ratio, merge_ratio, window) for runs in layout.runs]
     windows = [len(sample) for sample in layout.windows(window)]
@@ -96,6 +103,10 @@ def test_counts_of_a_batch_are_the_plans_of_its_samples(batch, keep_ratio, merge
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 40), max_size=5), ratios.filter(lambda r: r > 0), ratios, st.integers(1, 6))
 def test_plan(runs, keep_ratio, merge_ratio, window):
+    check_plan(runs, keep_ratio, merge_ratio, window)
+
+
+def check_plan(runs, keep_ratio, merge_ratio, window):
     plan = prune_plan(runs, keep_ratio, merge_ratio, window)
     assert astuple(plan) == oracle.prune_plan(runs, keep_ratio, merge_ratio, window)
     n_vis = sum(runs)
