@@ -45,6 +45,8 @@ def moe_experts_reference(
     act_buffer = hidden.new_empty(rows, intermediate)
     weighted_buffer = out.new_empty(rows, width)
     product_buffer = hidden.new_empty(rows * max(gate_up_rows, width))
+    # a product that a bias may cancel is not rounded before, as in the kernel
+    sum_buffer = None if gate_up_bias is None else out.new_empty(rows * gate_up_rows)
     end = 0
     for e, count in enumerate(counts):
         start, end = end, end + count
@@ -52,9 +54,10 @@ def moe_experts_reference(
             last = min(first + ROWS, end)
             n = last - first
             x = torch.index_select(hidden, 0, token[first:last], out=x_buffer[:n])
-            gate_up = _matmul(x, gate_up_proj[e], product_buffer)
-            if gate_up_bias is not None:
-                gate_up = gate_up + gate_up_bias[e]
+            if gate_up_bias is None:
+                gate_up = _matmul(x, gate_up_proj[e], product_buffer)
+            else:
+                gate_up = _matmul(x.float(), gate_up_proj[e].float(), sum_buffer).add_(gate_up_bias[e])
             act = act_buffer[:n]
             activate(gate_up, options, act)
             y = _matmul(act, down_proj[e], product_buffer)
