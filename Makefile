@@ -14,7 +14,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make test-oldest  all tests, and every kernel compiled, under the oldest supported versions"
 	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
-	@echo "make nightly    long random sequences of uses of a model; families under drawn settings"
+	@echo "make nightly    long random sequences of uses of every model; families under drawn settings"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
 	@echo "make wheel      build dist/fastmmoe-*.whl"

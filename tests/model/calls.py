@@ -356,6 +356,7 @@ GENERATIONS = {
     "static cache": Use(_generate("right", cache_implementation="static", disable_compile=True)),
     "no cache": Use(_generate("one", use_cache=False)),
 }
+USES = FORWARDS | GENERATIONS
 
 
 @cache
@@ -365,7 +366,7 @@ def uses_of(family: str) -> dict[str, Use]:
     An oracle that is none for the stock model is left out.
     """
     found, used, answers = {}, fresh(family), {}
-    for name, use in (FORWARDS | GENERATIONS).items():
+    for name, use in USES.items():
         if name == "fixed layout":  # nothing that a stock model does
             found[name] = use
             continue
@@ -395,7 +396,7 @@ def kept_by_transformers(family: str) -> set[str]:
     """Attributes of modules in which a stock model keeps something of one call for the next."""
     model = fresh(family)
     for name in ("left", "greedy"):
-        answer(model, family, (FORWARDS | GENERATIONS)[name].run)
+        answer(model, family, USES[name].run)
     stock = dict(pristine(family).named_modules())
     return {
         key
@@ -527,3 +528,18 @@ def bears_rows(family: str) -> bool:
     """Whether a stock model's cache can be cropped and its rows moved: all of its layers are plain ones."""
     _, cache = prefill(fresh(family), family, "left")
     return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@cache
+def can_be_offloaded(family: str) -> bool:
+    """Whether a stock model can: not where a weight is read past its module."""
+    from accelerate import cpu_offload
+
+    model = fresh(family)
+    cpu_offload(model, execution_device="cpu")
+    try:
+        got = {name: answer(model, family, uses_of(family)[name].run) for name in ("left", "text", "greedy")}
+    except RuntimeError:
+        return False
+    tolerance = FAMILIES[family].tolerance
+    return not any(differences(one, wanted(family, None, name), tolerance) for name, one in got.items())
