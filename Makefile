@@ -18,7 +18,7 @@ help:
 	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
 	@echo "make test-transformers  transformers' own tests of three models, as they are and with FastMMoE"
 	@echo "make fuzz       10,000 random cases of the ops, compared with the reference"
-	@echo "make nightly    all of these, long random sequences of uses of a model, families under drawn settings, load"
+	@echo "make nightly    all of these, long random sequences of uses of every model, families under drawn settings, load"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
 	@echo "make wheel      build dist/fastmmoe-*.whl"
@@ -122,6 +122,8 @@ nightly: $(STAMP) test-versions test-vllm test-transformers
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		tests/model/test_parity_families.py
+	FASTMMOE_LOAD_REQUESTS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
+		tests/model/hostile/test_load.py
 	$(MAKE) fuzz
 
 lint: $(STAMP)

@@ -114,6 +114,7 @@ class DeepseekVLV2TextModel(TakesExpertsImplementation, DeepseekV3Model):
 
     config: DeepseekVLV2TextConfig
     _no_split_modules = ["DeepseekVLV2DecoderLayer"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # transformers' DeepSeek-V3 keeps whole gates
     _keys_to_ignore_on_load_unexpected = None
     _can_record_outputs = {
         "hidden_states": DeepseekVLV2DecoderLayer,
