@@ -125,9 +125,9 @@ def dispatch_blocks(num_experts: int, is_amd: bool) -> dict[str, int]:
     """Block sizes: about 8,192 numbers per two-dimensional block, and no more pairs than registers can hold."""
     block_e = triton.next_power_of_2(num_experts)
     side = max(1, 8192 // block_e)
-    # Triton 3.6 spills 32 pairs of 256 experts on gfx942
-    pairs = min(side, 16 if is_amd and block_e > 128 else 128)
-    return {"BLOCK_P": pairs, "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
+    # Triton 3.6 spills 32 pairs of 256 experts on gfx942, Triton 3.9 128 pairs of 64 experts on sm_80, 3.7 64 on sm_100
+    most = 16 if is_amd and block_e > 128 else 32 if block_e == 64 else 128
+    return {"BLOCK_P": min(side, most), "BLOCK_E": block_e, "BLOCK_C": min(side, 64), "BLOCK_T": TILES_PER_PROGRAM}
 
 
 def dispatch_pairs(ids: torch.Tensor, num_experts: int, block_m: int, max_pairs: int | None = None) -> Dispatch:
