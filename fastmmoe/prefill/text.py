@@ -124,7 +124,13 @@ class TextPatch(EntryPatch):
             )
         if cache_in(inputs) is not None or inputs.get("use_cache") is not False:
             raise ValueError("use_cache: expected False and no cache with cu_seq_lens_q: nothing is decoded from a row")
-        if inputs.get("attention_mask") is not None:
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, dict):  # not the caller's
+            raise ValueError(
+                f"cu_seq_lens_q: not supported with {self.installation.family.title}, whose multimodal model makes "
+                "masks of the whole row; expected a padded batch"
+            )
+        if mask is not None:
             raise ValueError("attention_mask: expected None with cu_seq_lens_q, got one")
         layout = read_packed_layout(vision, inputs["cu_seq_lens_q"])
         if not any(layout.n_vision) or _skips(plan, layout):

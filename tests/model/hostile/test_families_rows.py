@@ -96,3 +96,11 @@ def test_positions_of_a_model_that_does_not_look_at_them_are_one_sample():
         want = model(**inputs, position_ids=anew).logits
         got = model(**inputs, position_ids=anew, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_packed_batch_of_a_model_that_makes_masks_of_the_whole_row():
+    """The error names that, and no mask, which the caller did not give."""
+    row = fastmmoe.pack_batch(batch_of([prompt("gemma4", ONE), prompt("gemma4", TWO)]))
+    model = built("gemma4")[0]
+    with fastmmoe.enabled(model, config_of("gemma4")), pytest.raises(ValueError, match="cu_seq_lens_q: .* Gemma-4"):
+        model(**row)
