@@ -58,10 +58,9 @@ def ask(
         try:
             result = compare(model, processor, inputs, config, max_new_tokens=max_new_tokens, runs=runs, step=step)
         except (RuntimeError, ValueError) as error:
-            if not videos:
-                raise
-            # not every model takes images beside a video, or any number of frames
-            fail(f"--video: {type(model).__name__} refuses this prompt: {str(error).splitlines()[0]}")
+            # not every model takes images beside a video, any number of frames, or every dtype on every device
+            option = "--video" if videos else "--model"
+            fail(f"{option}: {type(model).__name__} refuses this prompt: {(str(error) or repr(error)).splitlines()[0]}")
     draw = partial(draw_fate, output, images, tilings, result.report) if output and result.report.stages else None
     return result, draw
 

@@ -45,7 +45,7 @@ def read_layers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(layer) for layer in text.split(",") if layer.strip())
+        return tuple(int(layer) for layer in text.split(",")) if text.strip() else ()
     except ValueError:
         fail(f"--prune-layers {text}: expected layer numbers such as 5,8,12")
 

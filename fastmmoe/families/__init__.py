@@ -91,8 +91,10 @@ def architecture_of(model_or_config: Any) -> Architecture:
 def text_models(model: nn.Module) -> list[tuple[Family, nn.Module, nn.Module]]:
     """(family, text model, the multimodal model that calls it) for every known text model inside `model`."""
     found: dict[int, tuple[Family, nn.Module, nn.Module]] = {}
-
-    def visit(module: nn.Module, parent: nn.Module | None) -> None:
+    # no function that calls itself: it would be a cycle, which keeps what it found until the next collection
+    waiting: list[tuple[nn.Module, nn.Module | None]] = [(model, None)]
+    while waiting:
+        module, parent = waiting.pop()
         # torch.compile wraps a module in another that answers for it
         module = module._modules.get("_orig_mod", module)
         kind = _model_type(module)
@@ -100,14 +102,11 @@ def text_models(model: nn.Module) -> list[tuple[Family, nn.Module, nn.Module]]:
             family = _family_under(parent.config, kind)
             if family is not None:
                 found[id(module)] = (family, module, parent)
-                return
+                continue
         # a head between the two has the text model's config
         if kind is not None and kind not in _TEXT_TYPES:
             parent = module
-        for child in module.children():
-            visit(child, parent)
-
-    visit(model, None)
+        waiting += [(child, parent) for child in reversed(list(module.children()))]
     return list(found.values())
 
 

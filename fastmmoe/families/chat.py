@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def build_inputs(
     model: PreTrainedModel, processor: Any, images: Sequence[Image], prompt: str, videos: Sequence[Video] = ()
 ) -> dict:
-    """The model's inputs for one user turn, through the processor's chat template: images, videos, then the prompt."""
+    """The model's inputs for one user turn, through the processor's chat template: images, videos, then the prompt.
+
+    Raises:
+        ValueError: the template is broken, or does not take such a prompt.
+    """
     content = [
         *({"type": "image", "image": image} for image in images),
         *({"type": "video", "video": video.frames} for video in videos),
@@ -28,14 +32,19 @@ def build_inputs(
     if videos:
         metadata = [video.metadata for video in videos]
         options["processor_kwargs"] = {"videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False}}
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **options,
-    )
+    from jinja2 import TemplateError
+
+    try:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **options,
+        )
+    except TemplateError as error:
+        raise ValueError(f"model: its chat template does not take this prompt: {error}") from error
     return inputs.to(model.device, model.dtype)
 
 

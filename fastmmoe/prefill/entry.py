@@ -11,11 +11,13 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastmmoe.prefill.patch import Patch
 from fastmmoe.prefill.running import RUNNING, Call
 from fastmmoe.prefill.sequence import ForwardPass
 
+KEEP = "logits_to_keep"
 _HOST_READ = "fastmmoe: a prefill reads on the host which of its tokens are vision tokens"
 
 
@@ -35,14 +37,27 @@ def _in_eager_mode(call: Callable) -> Callable:
 class EntryPatch(Patch):
     """On a module through which a call of the model comes in.
 
-    torch.compile does not trace it, nor `begin`, `finish` and `end`: only the module's own forward.
+    torch.compile does not trace it, nor `begin`, `finish` and `end`: only the module's own forward. A head that knows
+    no `logits_to_keep` is lent it, so that `generate` tells how many candidates stand behind the token that asks.
     """
 
-    __slots__ = ("_names",)
+    __slots__ = ("_names", "_is_head", "_lends")
     level: int  # see `Call.at`
 
     def prepare(self) -> None:
         self._names = [name for name in inspect.signature(type(self.module).forward).parameters if name != "self"]
+        self._is_head = is_head(self.module)
+        self._lends = self._is_head and KEEP not in self._names
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = super().__signature__
+        if not (self.live and self._lends):
+            return signature
+        others = list(signature.parameters.values())
+        place = len(others) - (others[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        lent = inspect.Parameter(KEEP, inspect.Parameter.KEYWORD_ONLY, default=0)
+        return signature.replace(parameters=[*others[:place], lent, *others[place:]])
 
     @property
     def __code__(self) -> CodeType:
@@ -76,6 +91,8 @@ class EntryPatch(Patch):
             self.gone_past()
         call.at = call.entered = self.level
         self.enter(call, inputs)
+        if self._lends:
+            kwargs.pop(KEEP, None)
         return args, kwargs
 
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
@@ -138,8 +155,8 @@ class ParentPatch(EntryPatch):
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
         installation = self.installation
         call.vision = None
-        if "logits_to_keep" in self._names:
-            call.back = _tokens_behind(inputs)  # it is its own head
+        if self._is_head:
+            call.back = _tokens_behind(inputs)  # its own
         if installation.layout is None:
             call.vision = installation.family.find_vision(self.module, inputs)
         if call.vision is not None and installation.blocks_open and not installation.in_block:
@@ -156,9 +173,18 @@ class ParentPatch(EntryPatch):
         super().end(call, forward, at)
 
 
+def is_head(module: nn.Module) -> bool:
+    """Whether a module's forward makes logits, of which `generate` reads the last ones."""
+    forward = getattr(type(module), "forward", None)  # a scripted module has none that could be asked
+    if not inspect.isfunction(forward) or forward is nn.Module.forward:
+        return False
+    can_generate = getattr(type(module), "can_generate", None)
+    return KEEP in inspect.signature(forward).parameters or (can_generate is not None and can_generate())
+
+
 def _tokens_behind(inputs: dict[str, Any]) -> int:
     """How many candidates or answers, whose logits are wanted too, stand behind the prompt's last token, which asks."""
-    keep = inputs.get("logits_to_keep")
+    keep = inputs.get(KEEP)
     return keep - 1 if isinstance(keep, int) and keep > 1 else 0
 
 

@@ -5,7 +5,6 @@ torch's own context managers do. A module is patched as long as somebody needs i
 or a forward under way, which ends under the plan it began with.
 """
 
-import inspect
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import nn
 from fastmmoe.families import Family, find_text_model, text_models
 from fastmmoe.prefill.attention import AttentionPatch
 from fastmmoe.prefill.block import Block, innermost_block
-from fastmmoe.prefill.entry import HeadPatch, ParentPatch
+from fastmmoe.prefill.entry import HeadPatch, ParentPatch, is_head
 from fastmmoe.prefill.layer import LayerPatch
 from fastmmoe.prefill.patch import ConfigPatch, Patch, innermost, patches_on
 from fastmmoe.prefill.place import Place
@@ -126,7 +125,7 @@ class Installation:
         """Take the modules as they are now, and know the heads above the text model in `model`: they tell who asks."""
         with self._lock:
             self._layers = [weakref.ref(innermost(layer)) for layer in self.text.layers]
-            found = (module for module in model.modules() if _takes_logits_to_keep(module))
+            found = (module for module in model.modules() if is_head(module))
             above = (head for head in found if any(inner is self.parent for inner in head.modules()))
             heads = [head for head in map(innermost, above) if head is not self.parent]
             known = [head() for head in self._heads]
@@ -185,7 +184,8 @@ class Installation:
         for head in self._heads:
             if head() is not None:
                 yield HeadPatch, head(), None
-        yield ParentPatch, self.parent, None
+        if self.parent is not None:
+            yield ParentPatch, self.parent, None
         yield TextPatch, self.text, None
         if plan is None:
             return
@@ -219,6 +219,8 @@ class Installation:
             RuntimeError: names what was exchanged.
         """
         with self._lock:
+            if self.parent is None:
+                raise RuntimeError("fastmmoe: no effect: the multimodal model that was enabled is gone")
             layers = [innermost(layer) for layer in self.text.layers]
             if len(layers) != self.num_layers:
                 raise RuntimeError(
@@ -238,11 +240,6 @@ class Installation:
         raise RuntimeError(
             f"fastmmoe: no effect: {what} is not what it was when the model was enabled; enable it again"
         )
-
-
-def _takes_logits_to_keep(module: nn.Module) -> bool:
-    forward = getattr(type(module), "forward", None)  # a scripted module has none that could be asked
-    return inspect.isfunction(forward) and "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def _known(text: nn.Module) -> Installation | None:
@@ -273,10 +270,12 @@ def installation_for(model: nn.Module) -> Installation:
     """
     with _ALL_LOCK:
         installation = installation_of(model)
-        if installation is None:
+        if installation is None or installation.parent is None:
             found = find_text_model(model)
+            if installation is not None:
+                installation.set_plan(None)  # its multimodal model is gone
             installation = _known(found[1])
-            if installation is None:
+            if installation is None or installation.parent is None:
                 installation = _ALL[id(found[1])] = Installation(*found)
         elif any(parent is not installation.parent for _, _, parent in text_models(model)):
             raise ValueError(

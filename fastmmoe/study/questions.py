@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def read_questions(path: str | Path, n: int | None = None) -> list[Example]:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")  # JSON may hold what else ends a line
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # JSON may hold what else ends a line
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:n]

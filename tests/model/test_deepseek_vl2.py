@@ -361,6 +361,9 @@ NEW = {"images": slice(2, None), "images_spatial_crop": slice(1, None)}
 SECOND_TURN = {
     "all-images": lambda prompt, new, cut: prompt,
     "new-images": lambda prompt, new, cut: prompt | new,
+    "all-images-and-new-mask": lambda prompt, new, cut: (
+        prompt | {"images_seq_mask": prompt["images_seq_mask"][:, cut:]}
+    ),
     "new-images-and-mask": lambda prompt, new, cut: (
         prompt | new | {"images_seq_mask": prompt["images_seq_mask"][:, cut:]}
     ),
@@ -444,12 +447,21 @@ def without(inputs, name):
         (lambda i: i | {"images": i["images"][:, :1]}, "sample 0's images_spatial_crop needs 2 tiles, got 1"),
         (lambda i: i | {"images": i["images"][..., :31]}, r"images: expected \[B, tiles, 3, 32, 32\]"),
         (lambda i: i | {"images": i["images"][:1]}, "images_spatial_crop: expected 1 samples like images, got 2"),
+        (lambda i: i | {"images": list(i["images"])}, "images: expected a tensor, got list"),
+        (lambda i: i | {"images_spatial_crop": i["images_spatial_crop"] / 2}, "images_spatial_crop: expected integers"),
+        (lambda i: i | {"images_spatial_crop": -i["images_spatial_crop"]}, "images_spatial_crop: expected numbers of"),
     ],
 )
 def test_inputs_that_do_not_fit(change, message):
     model, batch = tiny_deepseek_vl2("tiny"), tiny_deepseek_batch()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         model(**change(batch))
+
+
+def test_a_mask_of_images_without_samples():
+    model, batch = tiny_deepseek_vl2("tiny"), tiny_deepseek_batch()
+    with pytest.raises(ValueError, match=r"images_seq_mask: expected \[2, n\] like images"):
+        generate(model, batch | {"images_seq_mask": batch["images_seq_mask"][0]})
 
 
 def test_gradients_reach_every_part():

@@ -131,6 +131,11 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
     def _crops(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[list[tuple[int, int]]]:
         """Per sample, the local tiles (wide, high) of its images: those in front of the first row with a zero."""
         size = self.config.vision_config.image_size
+        for name, value in (("images", images), ("images_spatial_crop", images_spatial_crop)):
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if images_spatial_crop.is_floating_point():
+            raise TypeError(f"images_spatial_crop: expected integers, got {images_spatial_crop.dtype}")
         if images.dim() != 5 or images.shape[2:] != (3, size, size):
             raise ValueError(f"images: expected [B, tiles, 3, {size}, {size}], got {list(images.shape)}")
         if images_spatial_crop.dim() != 3 or images_spatial_crop.shape[2] != 2:
@@ -142,6 +147,8 @@ class DeepseekVLV2Model(DeepseekVLV2PreTrainedModel):
             )
         crops: list[list[tuple[int, int]]] = []
         for number, rows in enumerate(images_spatial_crop.tolist()):
+            if any(tiles < 0 for row in rows for tiles in row):
+                raise ValueError(f"images_spatial_crop: expected numbers of tiles, got {rows} for sample {number}")
             end = next((i for i, (wide, high) in enumerate(rows) if wide == 0 or high == 0), len(rows))
             crops.append([(wide, high) for wide, high in rows[:end]])
             needed = sum(1 + wide * high for wide, high in crops[-1])
@@ -360,8 +367,11 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: images that do not fit the mask.
         """
+        if mask.dim() != 2 or len(mask) != len(images):
+            raise ValueError(f"images_seq_mask: expected [{len(images)}, n] like images, got {list(mask.shape)}")
         mask = mask.bool().cpu()
-        if past and mask.shape[1] == n:
+        is_of_new = past > 0 and mask.shape[1] == n
+        if is_of_new:
             past = 0
         if past and mask.shape[1] < past + n:
             raise ValueError(f"images_seq_mask: expected {past + n} tokens, or the {n} new ones, got {mask.shape[1]}")
@@ -374,7 +384,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         before, later = mask[:, :past].sum(1), mask[:, past:].sum(1)
         start = lengths - later
         for sample in range(len(mask)):
-            if not 0 <= start[sample] <= before[sample]:
+            if start[sample] < 0 or (start[sample] > before[sample] and not is_of_new):
                 raise ValueError(
                     f"images_seq_mask: sample {sample}'s images make {lengths[sample]} tokens, the mask has "
                     f"{before[sample] + later[sample]}, {before[sample]} of them in the cache"

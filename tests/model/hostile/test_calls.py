@@ -270,6 +270,9 @@ def test_a_model_is_freed_at_once(family, state):
     """As soon as a stock model is, whether it was enabled or still is; the next one may lie in its place."""
     for _ in range(3):
         model, stock = fresh(family), fresh(family)
+        logits_of(fresh(family), batch_of(family))
+        gc.collect()
+        gc.disable()  # from here on: what `enable` leaves behind counts too
         fastmmoe.enable(model, config_of("both"))
         logits_of(model, batch_of(family))
         logits_of(stock, batch_of(family))
@@ -281,13 +284,28 @@ def test_a_model_is_freed_at_once(family, state):
             with fastmmoe.enabled(model, config_of("experts")):
                 generate(model, batch_of(family))
         alive = [[weakref.ref(module) for module in (one, text_of(one), layers_of(one)[2])] for one in (model, stock)]
-        gc.collect()
-        gc.disable()
         try:
             del model, stock
             assert [ref() is None for ref in alive[0]] == [ref() is None for ref in alive[1]] == [True] * 3
         finally:
             gc.enable()
+
+
+def test_a_text_model_whose_multimodal_model_is_gone(family):
+    """It is one by itself, until another multimodal model has it."""
+    model, other = fresh(family), fresh(family)
+    fastmmoe.enable(model, config_of("both"))
+    text = text_of(model)
+    del model
+    gc.collect()
+    for config in ("both", "experts"):
+        with pytest.raises(ValueError, match="by itself"):
+            fastmmoe.enable(text, config_of(config))
+    other.model.language_model = text
+    fastmmoe.enable(other, config_of("both"))
+    assert torch.equal(logits_of(other, batch_of(family)), enabled_logits(family, "both"))
+    fastmmoe.disable(other)
+    assert torch.equal(logits_of(other, batch_of(family)), stock_logits(family))
 
 
 def test_a_forward_whose_model_is_gone_says_so(family):

@@ -33,6 +33,9 @@ from .families import (
 STATIC = [name for name in FAMILIES if name != "inkling2"]
 # the stock model's padded batch is not what its samples are alone, in the prefill or behind a window's end
 PADDED = [name for name in STATIC if LOOPS[name].batch and name != "unlimited_ocr"]
+# the stock model refuses candidates, or fails on them
+NO_CANDIDATES = ("qwen3_5_moe", "ernie4_5_vl_moe")
+REPEATING = ((5, 6, 31, 7, 8), (7, 8, 28), (5, 6, 31, 7, 8, 28, 5, 6))
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
@@ -148,3 +151,16 @@ def test_a_cropped_cache_goes_on_as_if_nothing_had_been_there(name):
         cache = step(model(**placed(name, inputs), use_cache=True).past_key_values, [51, 52]).past_key_values
         cache.crop(-2)
         torch.testing.assert_close(step(cache, [41]).logits[0], want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNING if name not in NO_CANDIDATES])
+@pytest.mark.parametrize("how", ["assistant", "lookup"])
+def test_candidates_do_not_ask(name, how):
+    """Where the model proposes its own next tokens, or takes them out of the prompt: they are not the prompt's last."""
+    model, inputs = built(name)[0], prompt(name, REPEATING)
+    options = {"assistant_model": model} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    want = [list(generate(model, inputs, 8, **one).sequences[0]) for one in ({}, options)]
+    assert want[0] == want[1]
+    with fastmmoe.enabled(model, config_of(name)):
+        plain, got = (list(generate(model, inputs, 8, **one).sequences[0]) for one in ({}, options))
+    assert got == plain
