@@ -220,9 +220,14 @@ def test_cli_keeps_results(small, checkpoint, tmp_path, questions, monkeypatch):
         if len(self.rows) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(PartFile, "add", add_and_interrupt)
-        assert invoke(*options).exit_code == 130
+    # a process of several test runners ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(PartFile, "add", add_and_interrupt)
+            assert invoke(*options).exit_code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     path = out / "methods.json"
     assert len(json.loads(path.read_text())["rows"]) == 2 and [file.name for file in out.iterdir()] == ["methods.json"]
     before = path.read_bytes()

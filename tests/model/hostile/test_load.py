@@ -16,7 +16,7 @@ import torch
 import fastmmoe
 
 from .. import calls
-from ..calls import CONFIGS, USES
+from ..calls import USES
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
 REQUESTS = int(os.environ.get("FASTMMOE_LOAD_REQUESTS", "80"))
@@ -44,13 +44,13 @@ class Struck:
 def refused(model, family):
     """What is refused: a prompt that ends in a picture."""
     batch = calls.batch_of(family, "one")
-    n = int((batch["input_ids"][0] == calls.IMAGE_TOKEN).nonzero()[-1]) + 1
+    n = int(calls.is_vision(family, batch["input_ids"][0]).nonzero()[-1]) + 1
     names = [name for name in batch if batch[name].shape == batch["input_ids"].shape]
     return model(**batch | {name: batch[name][:, :n] for name in names})
 
 
 def live_tensors(model, family):
-    calls.answer(model, family, USES["left"].run, None)  # of the last prefill the report is kept
+    calls.answer(model, family, USES["left"].run)  # of the last prefill the report is kept
     gc.collect()
     return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
@@ -59,8 +59,9 @@ def live_tensors(model, family):
 def test_many_threads_on_one_model(family, config):
     family = {"deepseek": "deepseek_vl2"}.get(family, family)
     want = {name: calls.wanted(family, config, name).tensors for name in KINDS}
+    assert all(want.values())
     model = calls.fresh(family)
-    fastmmoe.enable(model, CONFIGS[config])
+    fastmmoe.enable(model, calls.configs(family)[config])
     struck = Struck(model)
     drawn = random.Random(1)
     # one in twenty fails, every second one of those in the middle
@@ -73,7 +74,7 @@ def test_many_threads_on_one_model(family, config):
         try:
             if name == "refused":
                 refused(model, family)
-            got = calls.answer(model, family, USES[name].run, None).tensors
+            got = calls.answer(model, family, USES[name].run).tensors
         except BaseException as raised:
             is_ours = isinstance(raised, ValueError) if name == "refused" else str(raised) == "on purpose"
             (failed if is_ours else wrong).append((name, repr(raised)))
@@ -109,5 +110,5 @@ def test_many_threads_on_one_model(family, config):
     assert process.memory_info().rss - memory < 64 * 2**20
     fastmmoe.disable(model)
     for name in ("left", "greedy"):
-        got = calls.answer(model, family, USES[name].run, None).tensors
+        got = calls.answer(model, family, USES[name].run).tensors
         assert all(map(torch.equal, got, calls.wanted(family, None, name).tensors))
