@@ -45,8 +45,6 @@ def moe_experts_reference(
     act_buffer = hidden.new_empty(rows, intermediate)
     weighted_buffer = out.new_empty(rows, width)
     product_buffer = hidden.new_empty(rows * max(gate_up_rows, width))
-    # a product that a bias may cancel is not rounded before, as in the kernel
-    sum_buffer = None if gate_up_bias is None else out.new_empty(rows * gate_up_rows)
     end = 0
     for e, count in enumerate(counts):
         start, end = end, end + count
@@ -54,15 +52,10 @@ def moe_experts_reference(
             last = min(first + ROWS, end)
             n = last - first
             x = torch.index_select(hidden, 0, token[first:last], out=x_buffer[:n])
-            if gate_up_bias is None:
-                gate_up = _matmul(x, gate_up_proj[e], product_buffer)
-            else:
-                gate_up = _matmul(x.float(), gate_up_proj[e].float(), sum_buffer).add_(gate_up_bias[e])
+            gate_up = _matmul(x, gate_up_proj[e], product_buffer, None if gate_up_bias is None else gate_up_bias[e])
             act = act_buffer[:n]
             activate(gate_up, options, act)
-            y = _matmul(act, down_proj[e], product_buffer)
-            if down_bias is not None:
-                y = y + down_bias[e]
+            y = _matmul(act, down_proj[e], product_buffer, None if down_bias is None else down_bias[e])
             weighted = weighted_buffer[:n]
             torch.mul(y, weight[first:last], out=weighted.view(n, len(y), -1).transpose(0, 1))
             # expert by expert, and within one no row twice unless a token names it twice: repeatable, on a GPU too
@@ -101,12 +94,19 @@ def _split_columns(weight: torch.Tensor, step: int = 1) -> torch.Tensor:
 
 
 def _split_bias(bias: torch.Tensor | None, step: int = 1) -> torch.Tensor | None:
-    """[E, columns] as float32 [E, B, 1, columns / B], in the blocks of `_split_columns`."""
-    return None if bias is None else _split_columns(bias.float().unsqueeze(2), step)
+    """[E, columns] as [E, B, 1, columns / B], in the blocks of `_split_columns`."""
+    return None if bias is None else _split_columns(bias.unsqueeze(2), step)
 
 
-def _matmul(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """[n, inner] times [B, inner, columns / B], in `buffer`: [B, n, columns / B]."""
+def _matmul(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[n, inner] times [B, inner, columns / B] plus [B, 1, columns / B], in `buffer`: [B, n, columns / B].
+
+    A product that a bias may cancel is not rounded before the sum, as in the kernel.
+    """
     blocks, _, columns = weight.shape
-    out = buffer[: blocks * len(x) * columns].view(blocks, len(x), columns)
-    return torch.bmm(x.expand(blocks, *x.shape), weight, out=out)
+    x, out = x.expand(blocks, *x.shape), buffer[: blocks * len(x) * columns].view(blocks, len(x), columns)
+    if bias is None:
+        return torch.bmm(x, weight, out=out)
+    if bias.dtype == x.dtype:
+        return torch.baddbmm(bias, x, weight, out=out)
+    return torch.bmm(x.float(), weight.float()).add_(bias)
