@@ -37,7 +37,8 @@ METRICS+=,smsp__average_warp_latency_issue_stalled_barrier.pct
 declare -A share=([stress]=60 [parity]=150 [sanitizer]=60 [tuning]=120 [experts]=80 [ops]=60 [prefill]=75 [break-even]=50
     [overhead]=45 [counters]=40 [largest]=60)
 chosen=("$@")
-[ $# -gt 0 ] || chosen=("${!share[@]}")
+# the sanitizer takes a call of its own: bench/gpu.sh sanitizer
+[ $# -gt 0 ] || chosen=(stress parity tuning experts ops prefill break-even overhead counters largest)
 shares=0  # of the steps to come
 for name in "${chosen[@]}"; do
     [ -n "${share[$name]:-}" ] || { echo "expected steps out of ${!share[*]}, got $name"; exit 2; }

@@ -18,5 +18,6 @@ def main() -> None:
             raise
         sys.exit(f"fastmmoe: the command line needs {missing}: pip install 'fastmmoe[cli]'")
     # names of files may be no UTF-8, and a terminal's encoding may lack a letter of an answer
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout is not None:  # closed by the caller
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

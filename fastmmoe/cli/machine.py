@@ -65,7 +65,8 @@ def _software() -> list[Finding]:
 
 def _tested(name: str) -> Finding:
     advice = "" if is_tested(name) else f"tested with {tested_range(name)}: pip install '{name}=={TESTED[name][1]}.*'"
-    return Finding("software", name, installed(name) or "not installed", ok=not advice, advice=advice)
+    found = torch.__version__ if name == "torch" else installed(name)  # with its build
+    return Finding("software", name, found or "not installed", ok=not advice, advice=advice)
 
 
 def _device() -> list[Finding]:

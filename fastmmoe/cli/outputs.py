@@ -21,6 +21,8 @@ def check_writable(option: str, path: Path) -> None:
     try:
         target = path.resolve()  # of a link
         is_new = not target.exists()
+        if not is_new and not target.is_file():  # a pipe would wait for a reader
+            fail(f"{option} {path}: expected a file")
         with target.open("ab"):
             pass
         if is_new:

@@ -62,7 +62,7 @@ def placeholders_of(config: Any, processor: Any) -> tuple[str, ...]:
     """The texts that stand for pictures, videos and sounds in a model's prompts, by its config or its processor."""
     composite = configs_of(config)[0]
     ids = (getattr(composite, name, None) for name in PLACEHOLDERS)
-    tokens = processor.tokenizer.convert_ids_to_tokens([number for number in ids if number is not None])
+    tokens = processor.tokenizer.convert_ids_to_tokens([n for n in ids if n is not None and n >= 0])
     own = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
     return tuple(dict.fromkeys(text for text in (*tokens, *own) if text))
 

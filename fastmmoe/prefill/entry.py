@@ -41,11 +41,13 @@ class EntryPatch(Patch):
     no `logits_to_keep` is lent it, so that `generate` tells how many candidates stand behind the token that asks.
     """
 
-    __slots__ = ("_names", "_is_head", "_lends")
+    __slots__ = ("_names", "_is_head", "_lends", "_takes_any")
     level: int  # see `Call.at`
 
     def prepare(self) -> None:
-        self._names = [name for name in inspect.signature(type(self.module).forward).parameters if name != "self"]
+        parameters = inspect.signature(type(self.module).forward).parameters
+        self._names = [name for name in parameters if name != "self"]
+        self._takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
         self._is_head = is_head(self.module)
         self._lends = self._is_head and KEEP not in self._names
 
@@ -91,7 +93,7 @@ class EntryPatch(Patch):
             self.gone_past()
         call.at = call.entered = self.level
         self.enter(call, inputs)
-        if self._lends:
+        if self._lends and not self._takes_any:
             kwargs.pop(KEEP, None)
         return args, kwargs
 
@@ -178,8 +180,9 @@ def is_head(module: nn.Module) -> bool:
     forward = getattr(type(module), "forward", None)  # a scripted module has none that could be asked
     if not inspect.isfunction(forward) or forward is nn.Module.forward:
         return False
-    can_generate = getattr(type(module), "can_generate", None)
-    return KEEP in inspect.signature(forward).parameters or (can_generate is not None and can_generate())
+    # of its class: a wrapper may hand on what it does not know itself
+    can_generate = hasattr(type(module), "can_generate") and module.can_generate()
+    return can_generate or KEEP in inspect.signature(forward).parameters
 
 
 def _tokens_behind(inputs: dict[str, Any]) -> int:

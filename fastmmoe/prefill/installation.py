@@ -132,7 +132,8 @@ class Installation:
             new = [weakref.ref(head) for head in heads if all(head is not one for one in known)]
             self._heads = self._heads + new  # a new list: forwards read it
             for key, patch in list(self._patches.items()):
-                if patch.module is None or not patch.is_on_top:
+                module = patch.module  # held until its patch is looked at
+                if module is None or not patch.is_on_top:
                     patch.take_off()
                     del self._patches[key]
             self._update()
@@ -159,8 +160,8 @@ class Installation:
                 self._update()
 
     def _update(self) -> None:
-        points = [point for plan in self._held for point in self._points(plan)] if self.text is not None else []
-        wanted = {(kind, id(module)): (module, number) for kind, module, number in points}
+        points = [(plan, *point) for plan in self._held for point in self._points(plan)]
+        wanted = {(kind, id(module)): (module, number) for _, kind, module, number in points}
         for key, patch in list(self._patches.items()):
             if key not in wanted or wanted[key] != (patch.module, patch.number):
                 patch.take_off()
@@ -171,22 +172,18 @@ class Installation:
                 patch.put()
                 self._patches[key] = patch
         places: dict[tuple[type, int], dict[Plan, Place]] = {}
-        for plan in self._held:
-            for kind, module, number in self._points(plan):
-                if number is not None and issubclass(kind, Patch):
-                    places.setdefault((kind, id(module)), {})[plan] = plan.places[number]
+        for plan, kind, module, number in points:
+            if number is not None and issubclass(kind, Patch):
+                places.setdefault((kind, id(module)), {})[plan] = plan.places[number]
         for key, of_plans in places.items():
             self._patches[key].places = of_plans  # a new dict: forwards read the old one
 
     def _points(self, plan: Plan | None) -> Iterator[tuple[type, nn.Module, int | None]]:
         """What a plan patches: with what, which module, in which layer."""
         family = self.family
-        for head in self._heads:
-            if head() is not None:
-                yield HeadPatch, head(), None
-        if self.parent is not None:
-            yield ParentPatch, self.parent, None
-        yield TextPatch, self.text, None
+        # each asked once: another thread may let go of the model meanwhile
+        outside = [(HeadPatch, head()) for head in self._heads] + [(ParentPatch, self.parent), (TextPatch, self.text)]
+        yield from ((kind, module, None) for kind, module in outside if module is not None)
         if plan is None:
             return
         for number in range(self.num_layers):

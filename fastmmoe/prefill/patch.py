@@ -90,9 +90,10 @@ class Patch:
     def take_off(self) -> None:
         """Take it off, unless something else stands in its place."""
         self.live = False
-        if self.module is None:
+        module = self.module
+        if module is None:
             return
-        attributes = vars(self.module)
+        attributes = vars(module)
         attributes.update(self._without_it(attributes))
         if attributes.get("forward") is self._placed:
             del attributes["forward"]
@@ -194,8 +195,9 @@ class HookPatch:
     def take_off(self) -> None:
         self.live = False
         self._handle.remove()
-        if self.module is not None and vars(self.module).get(REDUCE) is self._reduce:
-            del vars(self.module)[REDUCE]
+        module = self.module
+        if module is not None and vars(module).get(REDUCE) is self._reduce:
+            del vars(module)[REDUCE]
         self._reduce = None
 
     @property
@@ -299,8 +301,9 @@ class ConfigPatch:
 
     def take_off(self) -> None:
         self.live = False
-        if self.module is not None and vars(self.module).get("config") is self._computed:
-            vars(self.module)["config"] = self._config
+        module = self.module
+        if module is not None and vars(module).get("config") is self._computed:
+            vars(module)["config"] = self._config
         self._computed = None  # no cycle stays
 
     @property

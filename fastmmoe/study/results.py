@@ -60,9 +60,10 @@ class PartFile:
     def finish(self, rows: Iterable[dict[str, Any]] | None = None) -> None:
         """Mark the part as complete, with `rows` in place of those there are if given, and write the CSV file."""
         self.rows = self.rows if rows is None else list(rows)
-        self.is_complete = True
-        # in this order: a part that is complete has both
+        # in this order: rows are kept before anything may fail, and a part that is complete has both files
+        self._write()
         write_csv(self.path.with_suffix(".csv"), self.rows)
+        self.is_complete = True
         self._write()
 
     def _write(self) -> None:
