@@ -22,6 +22,7 @@ import bench_vllm
 import contestants
 import plot_prefill
 import prefill_variants
+import psutil
 import pytest
 import roofline
 import timing
@@ -1000,9 +1001,12 @@ def test_gpu_script_keeps_to_its_limit(tmp_path):
 # --- sanitize.py ------------------------------------------------------------------------------------------------------
 
 FAKE_SANITIZER = """#!/usr/bin/env bash
-# stands in for compute-sanitizer: racecheck finds two hazards, memcheck nothing
+# stands in for compute-sanitizer: racecheck finds two hazards, memcheck nothing; initcheck looks at nothing, and
+# synccheck comes to no end
 case "$2" in
     racecheck) echo "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"; exit 86 ;;
+    initcheck) echo "did not look" ;;
+    synccheck) sleep 60 & echo $! >"$CHILD"; wait ;;
     *) echo "========= ERROR SUMMARY: 0 errors" ;;
 esac
 """
@@ -1010,20 +1014,31 @@ esac
 
 @pytest.mark.parametrize(
     ("tools", "status", "errors"),
-    [(["memcheck"], 0, {"memcheck": 0}), (["memcheck", "racecheck"], 1, {"memcheck": 0, "racecheck": 2})],
+    [
+        (["memcheck"], 0, {"memcheck": 0}),
+        (["memcheck", "racecheck"], 1, {"memcheck": 0, "racecheck": 2}),
+        (["memcheck", "initcheck"], 1, {"memcheck": 0, "initcheck": None}),
+        (["memcheck", "synccheck"], 1, {"memcheck": 0, "synccheck": None}),
+    ],
 )
 def test_what_a_sanitizer_finds_is_told(tmp_path, tools, status, errors):
     fake = tmp_path / "compute-sanitizer"
     fake.write_text(FAKE_SANITIZER)
     fake.chmod(0o755)
-    command = [sys.executable, "bench/sanitize.py", "--json", str(tmp_path / "found.json")]
+    command = [sys.executable, "bench/sanitize.py", "--budget", "6", "--json", str(tmp_path / "found.json")]
     command += [option for tool in tools for option in ("--tool", tool)]
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    environment = os.environ | {"PATH": path, "CHILD": str(tmp_path / "child")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     found = json.loads((tmp_path / "found.json").read_text())["tools"]
     assert done.returncode == status and {name: one["errors"] for name, one in found.items()} == errors
     assert "hazard" not in found["memcheck"].get("output", "")
     assert all("hazard" in one["output"] for one in found.values() if one["status"])
+    if "synccheck" in tools:
+        assert "stopped after 3 s" in found["synccheck"]["output"]
+        child = int((tmp_path / "child").read_text())
+        # nobody may be there to fetch what is left of it
+        assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 # --- vLLM's server ----------------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ def check_output(output: Path) -> None:
 
 def check_writable(option: str, path: Path) -> None:
     """Check that a file can be opened to write; one that exists stays as it is, one that does not is gone again."""
+    if path.is_fifo():  # to open one waits for a reader
+        fail(f"{option} {path}: expected a file, got a pipe")
     try:
         target = path.resolve()  # of a link
         is_new = not target.exists()
-        if not is_new and not target.is_file():  # a pipe would wait for a reader
-            fail(f"{option} {path}: expected a file")
         with target.open("ab"):
             pass
         if is_new:

@@ -126,8 +126,10 @@ class Installation:
         with self._lock:
             self._layers = [weakref.ref(innermost(layer)) for layer in self.text.layers]
             found = (module for module in model.modules() if is_head(module))
-            above = (head for head in found if any(inner is self.parent for inner in head.modules()))
+            above = [head for head in found if any(inner is self.parent for inner in head.modules())]
             heads = [head for head in map(innermost, above) if head is not self.parent]
+            # a wrapper may be one, too: the model's own is the innermost
+            heads = [head for head in heads if not any(one in heads for one in head.modules() if one is not head)]
             known = [head() for head in self._heads]
             new = [weakref.ref(head) for head in heads if all(head is not one for one in known)]
             self._heads = self._heads + new  # a new list: forwards read it

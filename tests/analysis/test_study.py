@@ -279,3 +279,13 @@ def test_cli_prints_figures_before_a_disk_is_full(checkpoint, tmp_path, question
     assert result.exit_code == 1 and json.loads(result.stdout)["parts"]["routing"]
     assert "No space left on device; " in result.stderr and "--resume" in result.stderr
     assert json.loads((out / "routing.json").read_text())["complete"]
+
+
+def test_rows_are_kept_where_their_csv_cannot_be_written(tmp_path):
+    """Also those of a part that has them all at once."""
+    (tmp_path / "timing.csv").mkdir()
+    part = PartFile(tmp_path, "timing", {"study": {}}, False)
+    with pytest.raises(OSError):
+        part.finish([{"seconds": 1.0}])
+    found = json.loads(part.path.read_text())
+    assert found["rows"] == [{"seconds": 1.0}] and not found["complete"] and not part.is_complete

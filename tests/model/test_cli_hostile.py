@@ -320,6 +320,12 @@ def test_tied_weights_are_whole(checkpoint, tmp_path):
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+def test_a_pipe_is_no_output(tmp_path):
+    """To open one would wait for a reader."""
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "expected a file, got a pipe" in refused("demo", "--output", tmp_path / "pipe.png")
+
+
 @pytest.mark.parametrize("command", ["demo", "bench", "time", "run"])
 def test_outputs_are_tried_before_work(command, pictures, tmp_path):
     options = {"run": ["--model", tmp_path / "gone", "--prompt", "Hi", "--image", pictures / "whole.png"]}

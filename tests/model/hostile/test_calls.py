@@ -316,3 +316,31 @@ def test_a_forward_whose_model_is_gone_says_so(family):
     gc.collect()
     with pytest.raises(ReferenceError, match="the model of this forward is gone"):
         forward(**batch_of(family))
+
+
+class _Generator(torch.nn.Module):
+    """A wrapper that says of itself what transformers' classes say, by a method of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+        self.eval()
+
+    def can_generate(self):
+        return True
+
+    def forward(self, **inputs):
+        return self.inside(**inputs)
+
+
+def test_a_wrapper_that_can_generate(family):
+    model = fresh(family)
+    fastmmoe.enable(_Generator(model), config_of("both"))
+    wrapper = _Generator(model)
+    fastmmoe.enable(wrapper, config_of("both"))
+    assert torch.equal(wrapper(**batch_of(family)).logits, enabled_logits(family, "both"))
+    short = wrapper(**batch_of(family), logits_to_keep=1).logits
+    assert short.shape[1] == 1
+    close(short, enabled_logits(family, "both")[:, -1:])
+    fastmmoe.disable(wrapper)
+    assert torch.equal(wrapper(**batch_of(family)).logits, stock_logits(family))
