@@ -33,8 +33,8 @@ def moe_experts(
     NaN or an infinity in a token, in the weight of an active slot, or in an expert is in the tokens that it belongs to
     (no clamp hides NaN, and 0 times NaN is NaN), nowhere else: an inactive slot's weight and an expert that no token
     activates may hold anything. An expert that all tokens activate is none but a busy one. Activations and experts'
-    outputs are rounded to hidden's dtype, in the torch backend the first product too: beyond float16 they are infinite,
-    and NaN where infinities are added up; what is denormal in a 16-bit type may be lost.
+    outputs are rounded to hidden's dtype, in the torch backend the first product too, behind its bias: beyond float16
+    they are infinite, and NaN where infinities are added up; what is denormal in a 16-bit type may be lost.
 
     The weights may be views with any strides, of which one in the last two dimensions is 1: a parameter [E, H, 2I] is
     handed in as `.mT`. They are not copied.

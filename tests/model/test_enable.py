@@ -11,6 +11,7 @@ from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 import fastmmoe
 from fastmmoe import FastMMoEConfig
 from fastmmoe.methods import fastmmoe as method
+from fastmmoe.prefill.cache import CACHE
 
 from . import naive
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl
@@ -388,7 +389,7 @@ def test_cropping_into_the_image_is_refused(model):
         ).logits[:, -1]
         torch.testing.assert_close(again, want, rtol=1e-3, atol=1e-3)
         cache.crop(-6)
-        with pytest.raises(RuntimeError, match="cropped to .* tokens, into the"):
+        with pytest.raises(RuntimeError, match=CACHE):
             model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
 
 

@@ -15,6 +15,7 @@ import fastmmoe
 from fastmmoe import FastMMoEConfig
 from fastmmoe.families import find_text_model
 from fastmmoe.methods import FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.prefill.cache import CACHE
 from fastmmoe_kernels import VisionLayout
 
 from .families import LOOPS, padded, samples
@@ -179,7 +180,7 @@ def test_fixed_layout_refuses_what_it_does_not_describe():
         with pytest.raises(ValueError, match="layout: expected forwards with 1 samples of 44 tokens"):
             text_model(model)(inputs_embeds=embeds[:, 1:])
         cache = text_model(model)(inputs_embeds=embeds, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="expected an empty cache"):
+        with pytest.raises(ValueError, match=f"{CACHE}: expected an empty cache"):
             text_model(model)(inputs_embeds=embeds, past_key_values=cache)
     padded = VisionLayout.from_mask(torch.ones(1, 4).bool(), torch.tensor([[0, 1, 1, 1]]))
     with fastmmoe.fixed_layout(model, padded), pytest.raises(ValueError, match="attention_mask: expected one"):

@@ -353,7 +353,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
             )
         if not mask.any():
             return inputs | {"images": None}
-        return inputs | {"images_seq_mask": mask, "images_seq_start": start}
+        return inputs | {"images_seq_mask": mask.to(images_seq_mask.device), "images_seq_start": start}
 
     def _places_of_pass(
         self, images: torch.Tensor, mask: torch.Tensor, crop: torch.Tensor, past: int, n: int
