@@ -134,16 +134,20 @@ void fastmmoe_ref_gate_logits(const double* hidden, const double* weight, const 
 }
 
 // logits [T, E]; vision_mask, padding_mask [T]; correction_bias [E] or null; group_best 1 to E / n_group.
-// A padding token activates no expert, a vision token vision_top_k, any other top_k.
+// skip_below [2] or null: the least weights of text and of vision tokens, before the scaling factor; exempt_mask [T].
+// A padding token activates no expert, a vision token vision_top_k, any other top_k. Of these, a token that is not
+// exempt skips those whose weight is below its least one; what it keeps keeps its weight.
 // -> ids [T, top_k] by falling selection score, weights [T, top_k], probs [T, E]; unused slots: id E, weight 0.
 // -> per token, how far its choice is from another one: score_gap (chosen against rejected experts), group_gap (chosen
-//    against rejected groups), order_gap (neighbours among the chosen); infinite where there is nothing to confuse.
+//    against rejected groups), order_gap (neighbours among the chosen), skip_gap (weights against the least one, as a
+//    share of the larger of the two); infinite where there is nothing to confuse.
 void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask, const uint8_t* padding_mask,
+                               const double* skip_below, const uint8_t* exempt_mask,
                                const double* correction_bias, int64_t T, int64_t E, int64_t top_k,
                                int64_t vision_top_k, int32_t scoring, int32_t norm_topk_prob, int64_t n_group,
                                int64_t topk_group, int64_t group_best, double routed_scaling_factor,
                                int32_t renormalize, int32_t* ids, double* weights, double* probs, double* score_gap,
-                               double* group_gap, double* order_gap) {
+                               double* group_gap, double* order_gap, double* skip_gap) {
     const bool has_bias = correction_bias != nullptr;
     for (int64_t t = 0; t < T; ++t) {
         const std::vector<double> p = gate_probabilities(logits + t * E, E, scoring);
@@ -152,7 +156,7 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
             ids[t * top_k + k] = static_cast<int32_t>(E);
             weights[t * top_k + k] = 0.0;
         }
-        score_gap[t] = group_gap[t] = order_gap[t] = INF;
+        score_gap[t] = group_gap[t] = order_gap[t] = skip_gap[t] = INF;
         if (padding_mask[t]) continue;
 
         // selection score: the bias decides who is chosen, never with which weight.
@@ -184,8 +188,15 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
 
         for (int64_t k = 0; k < active; ++k) {
             const int64_t e = selected.taken[k];
+            const double weight = p[e] * scale;
+            if (skip_below != nullptr && !exempt_mask[t]) {
+                const double least = skip_below[vision_mask[t] ? 1 : 0];
+                const double gap = std::abs(weight - least) / std::max(std::abs(weight), std::abs(least));
+                skip_gap[t] = std::min(skip_gap[t], gap);
+                if (weight < least) continue;
+            }
             ids[t * top_k + k] = static_cast<int32_t>(e);
-            weights[t * top_k + k] = p[e] * scale * routed_scaling_factor;
+            weights[t * top_k + k] = weight * routed_scaling_factor;
         }
 
         // a rescaled token also depends on who is in its original top-K.

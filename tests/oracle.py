@@ -42,6 +42,7 @@ class Routing(NamedTuple):
     score_gap: NDArray  # [T], in units of the selection score, as are the other gaps; infinite if nothing can flip
     group_gap: NDArray  # [T]
     order_gap: NDArray  # [T]
+    skip_gap: NDArray  # [T], a share of the weight
 
 
 def topk_routing(logits: ArrayLike, top_k: int, **options) -> tuple[NDArray, NDArray, NDArray]:
@@ -55,7 +56,7 @@ def routing_margin(logits: ArrayLike, top_k: int, **options) -> tuple[NDArray, N
     `score_gap`: worst chosen minus best rejected expert (where weights are rescaled to the original top-K, also at K);
     `group_gap`: the same for groups; `order_gap`: smallest gap between neighbours among the chosen experts.
     """
-    return route(logits, top_k, **options)[3:]
+    return route(logits, top_k, **options)[3:6]
 
 
 def route(
@@ -65,6 +66,8 @@ def route(
     vision_mask: ArrayLike | None = None,
     padding_mask: ArrayLike | None = None,
     vision_top_k: int | None = None,
+    skip_below: ArrayLike | None = None,
+    exempt_mask: ArrayLike | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     correction_bias: ArrayLike | None = None,
@@ -76,7 +79,8 @@ def route(
 ) -> Routing:
     """Routes tokens by logits [T, E]; tokens of vision_mask [T] get `vision_top_k` experts (None: `top_k`).
 
-    Tokens of padding_mask [T] get none. A group's score is the sum of its `group_best` best experts' (None: of two with
+    Tokens of padding_mask [T] get none. Weights under skip_below [2], of text and of vision tokens, are skipped but in
+    tokens of exempt_mask [T]. A group's score is the sum of its `group_best` best experts' (None: of two with
     a correction bias, of one without).
     """
     logits = _floats(logits, "logits", (None, None))
@@ -84,6 +88,8 @@ def route(
     vision_top_k = top_k if vision_top_k is None else vision_top_k
     mask = _mask(vision_mask, "vision_mask", (T,), default=False)
     padding = _mask(padding_mask, "padding_mask", (T,), default=False)
+    exempt = _mask(exempt_mask, "exempt_mask", (T,), default=False)
+    skip_below = None if skip_below is None else _floats(skip_below, "skip_below", (2,))
     bias = None if correction_bias is None else _floats(correction_bias, "correction_bias", (E,))
     _require(1 <= vision_top_k <= top_k, f"vision_top_k={vision_top_k}, expected 1 to top_k={top_k}")
     _require(n_group >= 1 and E % n_group == 0, f"n_group={n_group} does not divide E={E}")
@@ -97,13 +103,13 @@ def route(
 
     ids = np.empty((T, top_k), np.int32)
     weights, probs = np.empty((T, top_k)), np.empty((T, E))
-    score_gap, group_gap, order_gap = np.empty(T), np.empty(T), np.empty(T)
+    score_gap, group_gap, order_gap, skip_gap = (np.empty(T) for _ in range(4))
     _call(
-        "topk_routing", logits, mask, padding, bias, T, E, top_k, vision_top_k, _int32(SCORING[scoring]),
+        "topk_routing", logits, mask, padding, skip_below, exempt, bias, T, E, top_k, vision_top_k, _int32(SCORING[scoring]),
         _int32(norm_topk_prob), n_group, topk_group, group_best, float(routed_scaling_factor), _int32(renormalize),
-        ids, weights, probs, score_gap, group_gap, order_gap,
+        ids, weights, probs, score_gap, group_gap, order_gap, skip_gap,
     )  # fmt: skip
-    return Routing(ids, weights, probs, score_gap, group_gap, order_gap)
+    return Routing(ids, weights, probs, score_gap, group_gap, order_gap, skip_gap)
 
 
 def gate_logits(

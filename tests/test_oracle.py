@@ -80,6 +80,37 @@ def test_routing_scaling_factor_comes_last():
     check(weights, [[1.0, 0.75]])
 
 
+@pytest.mark.parametrize(
+    ("skip_below", "vision", "exempt", "ids", "weights"),
+    [
+        # the weights of FOUR's best three are 4/9, 3/9 and 2/9
+        ([0.0, 1.0], False, False, [3, 2, 1], [4, 3, 2]),
+        ([0.3, 1.0], False, False, [3, 2, 4], [4, 3, 0]),
+        ([0.0, 0.4], True, False, [3, 4, 4], [4, 0, 0]),
+        ([1.0, 0.4], False, False, [4, 4, 4], [0, 0, 0]),
+        ([1.0, 0.4], False, True, [3, 2, 1], [4, 3, 2]),
+    ],
+)
+def test_routing_skips_light_experts(skip_below, vision, exempt, ids, weights):
+    options = dict(skip_below=skip_below, vision_mask=[vision], exempt_mask=[exempt], routed_scaling_factor=9.0)
+    got = oracle.route(FOUR, 3, **options)
+    assert_array_equal(got.ids, [ids])
+    check(got.weights, [weights])
+
+
+def test_routing_skips_what_is_below_and_not_what_is_equal():
+    got = oracle.route(log([[0.5, 0.25, 0.25]]), 3, skip_below=[0.25, 0.0])
+    assert_array_equal(got.ids, [[0, 1, 2]])
+    assert got.skip_gap == [0.0]
+
+
+def test_routing_skips_in_the_middle_where_a_bias_chooses():
+    got = oracle.route(sigmoid_logits(0.1, 0.4, 0.5), 3, scoring="sigmoid", correction_bias=[1, 0, 0],
+                       skip_below=[0.3, 0.0])  # fmt: skip
+    assert_array_equal(got.ids, [[3, 2, 1]])
+    check(got.weights, [[0.0, 0.5, 0.4]])
+
+
 def test_routing_bias_selects_but_does_not_weigh():
     # s = 0.8 - 0.5, 0.5, 0.2 + 0.4 = 0.3, 0.5, 0.6; the weights are 0.2 and 0.5, over 0.7
     logits, bias = sigmoid_logits(0.8, 0.5, 0.2), [-0.5, 0, 0.4]

@@ -46,6 +46,8 @@ def topk_routing(
     vision_mask: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
     vision_top_k: int | None = None,
+    skip_below: torch.Tensor | None = None,
+    exempt_mask: torch.Tensor | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     correction_bias: torch.Tensor | None = None,
@@ -73,6 +75,10 @@ def topk_routing(
         vision_mask: bool [T], true at vision tokens; None: no vision token.
         padding_mask: bool [T], true at padding, which activates no expert; None: no padding.
         vision_top_k: experts per vision token, in 1..K; None: K.
+        skip_below: float32 [2], the least weights of text and of vision tokens, in front of the scaling factor: chosen
+            experts with less are skipped, which leaves their slots inactive and the other weights as they are. A token
+            may lose all of its experts; NaN, as a weight or in here, skips nothing. None: no expert is skipped.
+        exempt_mask: bool [T], true at tokens that keep all of their experts; None: no token. For `skip_below`.
         scoring: "softmax" or "sigmoid", how z becomes p.
         norm_topk_prob: divide the selected p by their sum.
         correction_bias: floating [E], added to p for the selection only; -inf puts an expert behind all others that
@@ -92,8 +98,9 @@ def topk_routing(
     """
     check_tensor("logits", logits, ("T", "E"), FLOATS)
     options = RoutingOptions(
-        vision_mask, padding_mask, correction_bias, top_k, top_k if vision_top_k is None else vision_top_k, scoring,
-        norm_topk_prob, n_group, topk_group, group_best, routed_scaling_factor, renormalize, return_probs,
+        vision_mask, padding_mask, skip_below, exempt_mask, correction_bias, top_k,
+        top_k if vision_top_k is None else vision_top_k, scoring, norm_topk_prob, n_group, topk_group, group_best,
+        routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip
     options.check(*logits.shape, logits.device)
     ids, weights, probs = _topk_routing(logits, *options, resolve_backend(backend, logits))
@@ -110,6 +117,8 @@ def gate_routing(
     vision_mask: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
     vision_top_k: int | None = None,
+    skip_below: torch.Tensor | None = None,
+    exempt_mask: torch.Tensor | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     correction_bias: torch.Tensor | None = None,
@@ -146,8 +155,9 @@ def gate_routing(
         check_tensor("bias", bias, (weight.shape[0],), FLOATS, hidden.device)
     check_float("logit_scale", logit_scale, 0.0, float("inf"), low_open=True)
     options = RoutingOptions(
-        vision_mask, padding_mask, correction_bias, top_k, top_k if vision_top_k is None else vision_top_k, scoring,
-        norm_topk_prob, n_group, topk_group, group_best, routed_scaling_factor, renormalize, return_probs,
+        vision_mask, padding_mask, skip_below, exempt_mask, correction_bias, top_k,
+        top_k if vision_top_k is None else vision_top_k, scoring, norm_topk_prob, n_group, topk_group, group_best,
+        routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip
     options.check(hidden.shape[0], weight.shape[0], hidden.device)
     backend = resolve_backend(backend, hidden)

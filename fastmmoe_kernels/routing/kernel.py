@@ -61,6 +61,8 @@ def _route(
     in_rows,  # [BT]
     vision_ptr,
     padding_ptr,
+    skip_ptr,
+    exempt_ptr,
     bias_ptr,
     ids_ptr,
     weights_ptr,
@@ -72,7 +74,10 @@ def _route(
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    HAS_VISION: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    SKIPS: tl.constexpr,
+    HAS_EXEMPT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -129,11 +134,19 @@ def _route(
         ids = tl.where(inactive, E, ids)
     if NORMALIZE:
         weights /= tl.maximum(tl.sum(weights, axis=1), 1e-20, propagate_nan=tl.PropagateNan.ALL)[:, None]
+    if SKIPS:
+        least = tl.load(skip_ptr) + tl.zeros((BLOCK_T,), tl.float32)
+        if HAS_VISION:
+            least = tl.where(tl.load(vision_ptr + row, mask=in_rows, other=0) != 0, tl.load(skip_ptr + 1), least)
+        is_skipped = weights < least[:, None]
+        if HAS_EXEMPT:
+            is_skipped &= (tl.load(exempt_ptr + row, mask=in_rows, other=0) == 0)[:, None]
+        ids = tl.where(is_skipped, E, ids)
     weights *= scaling
     if HAS_PADDING:
         is_padding = (tl.load(padding_ptr + row, mask=in_rows, other=0) != 0)[:, None]
         ids = tl.where(is_padding, E, ids)
-    if HAS_PADDING or K_VISION < K:
+    if HAS_PADDING or SKIPS or K_VISION < K:
         # last, and by selection: NaN would have spread to slots that were 0
         weights = tl.where(ids == E, 0.0, weights)
 
@@ -147,6 +160,8 @@ def topk_routing_kernel(
     logits_ptr,  # [T, E]
     vision_ptr,  # [T] or unused
     padding_ptr,  # [T] or unused
+    skip_ptr,  # [2] or unused
+    exempt_ptr,  # [T] or unused
     bias_ptr,  # [E] or unused
     ids_ptr,  # [T, K]
     weights_ptr,  # [T, K]
@@ -161,7 +176,10 @@ def topk_routing_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    HAS_VISION: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    SKIPS: tl.constexpr,
+    HAS_EXEMPT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -178,9 +196,9 @@ def topk_routing_kernel(
     inside = in_rows[:, None] & (expert < E)
     z = tl.load(logits_ptr + row[:, None] * stride_token + expert * stride_expert, mask=inside, other=0.0)
     _route(
-        z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr, scaling,
-        E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_PADDING, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP,
-        GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+        z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr,
+        scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING, SKIPS, HAS_EXEMPT, HAS_BIAS,
+        STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
     )  # fmt: skip
 
 
@@ -192,6 +210,8 @@ def gate_routing_kernel(
     logits_ptr,  # [T, E]
     vision_ptr,  # [T] or unused
     padding_ptr,  # [T] or unused
+    skip_ptr,  # [2] or unused
+    exempt_ptr,  # [T] or unused
     bias_ptr,  # [E] or unused
     ids_ptr,  # [T, K]
     weights_ptr,  # [T, K]
@@ -206,7 +226,10 @@ def gate_routing_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    HAS_VISION: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    SKIPS: tl.constexpr,
+    HAS_EXEMPT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -245,9 +268,9 @@ def gate_routing_kernel(
         z *= LOGIT_SCALE
     tl.store(logits_ptr + row[:, None] * E + expert[None, :], z, mask=in_rows[:, None] & (expert < E)[None, :])
     _route(
-        z, row, in_rows, vision_ptr, padding_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr, scaling,
-        E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_PADDING, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP,
-        GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+        z, row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr,
+        scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING, SKIPS, HAS_EXEMPT, HAS_BIAS,
+        STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
     )  # fmt: skip
 
 
@@ -330,6 +353,7 @@ def _outputs_and_arguments(
     """Empty ids, weights and probs, and the arguments that both kernels take."""
     num_tokens, num_experts = logits.shape
     vision_mask, padding_mask, bias = options.vision_mask, options.padding_mask, options.correction_bias
+    skip_below, exempt_mask = options.skip_below, options.exempt_mask
     ids = logits.new_empty(num_tokens, options.top_k, dtype=torch.int32)
     weights = logits.new_empty(num_tokens, options.top_k, dtype=torch.float32)
     probs = logits.new_empty((num_tokens, num_experts) if options.return_probs else 0, dtype=torch.float32)
@@ -337,6 +361,8 @@ def _outputs_and_arguments(
         "logits_ptr": logits,
         "vision_ptr": vision_mask.contiguous() if vision_mask is not None else logits,
         "padding_ptr": padding_mask.contiguous() if padding_mask is not None else logits,
+        "skip_ptr": skip_below.contiguous() if skip_below is not None else logits,
+        "exempt_ptr": exempt_mask.contiguous() if exempt_mask is not None else logits,
         "bias_ptr": bias.contiguous() if bias is not None else logits,
         "ids_ptr": ids,
         "weights_ptr": weights,
@@ -349,7 +375,10 @@ def _outputs_and_arguments(
         "SIGMOID": options.scoring == "sigmoid",
         "NORMALIZE": options.norm_topk_prob,
         "RENORMALIZE": options.renormalize,
+        "HAS_VISION": vision_mask is not None,
         "HAS_PADDING": padding_mask is not None,
+        "SKIPS": skip_below is not None,
+        "HAS_EXEMPT": exempt_mask is not None,
         "HAS_BIAS": bias is not None,
         "STORE_PROBS": options.return_probs,
         "N_GROUP": options.n_group,
@@ -383,19 +412,23 @@ GATES = [
     _Gate(32, 2880, 4, has_logit_bias=True, is_complete=False),  # gpt-oss-20b
     _Gate(384, 7168, 8, sigmoid=True, has_bias=True, is_complete=False),  # Kimi-K2.5
 ]
-LAUNCHES = [  # kernel, type of its input, whether vision tokens are reduced, padding, whether probs are stored
-    (topk_routing_kernel, "*fp32", False, False, False),
-    (topk_routing_kernel, "*fp32", True, False, False),
-    (topk_routing_kernel, "*fp32", True, False, True),
-    (topk_routing_kernel, "*fp32", True, True, True),
-    (topk_routing_kernel, "*bf16", True, False, False),
-    (topk_routing_kernel, "*fp16", True, False, False),
-    (gate_routing_kernel, "*bf16", True, False, False),
-    (gate_routing_kernel, "*bf16", True, False, True),
-    (gate_routing_kernel, "*bf16", True, True, False),
-    (gate_routing_kernel, "*bf16", True, True, True),
-    (gate_routing_kernel, "*fp16", True, True, True),
-    (gate_routing_kernel, "*fp32", True, True, True),
+LAUNCHES = [  # kernel, type of its input, whether vision tokens are reduced, padding, probs stored, experts skipped
+    (topk_routing_kernel, "*fp32", False, False, False, False),
+    (topk_routing_kernel, "*fp32", True, False, False, False),
+    (topk_routing_kernel, "*fp32", True, False, True, False),
+    (topk_routing_kernel, "*fp32", True, True, True, False),
+    (topk_routing_kernel, "*fp32", True, True, True, True),
+    (topk_routing_kernel, "*bf16", True, False, False, False),
+    (topk_routing_kernel, "*fp16", True, False, False, False),
+    (gate_routing_kernel, "*bf16", True, False, False, False),
+    (gate_routing_kernel, "*bf16", True, False, True, False),
+    (gate_routing_kernel, "*bf16", True, True, False, False),
+    (gate_routing_kernel, "*bf16", True, True, True, False),
+    (gate_routing_kernel, "*bf16", False, False, False, True),  # decoding
+    (gate_routing_kernel, "*bf16", True, True, True, True),
+    (gate_routing_kernel, "*fp16", True, True, True, False),
+    (gate_routing_kernel, "*fp32", True, True, True, False),
+    (gate_routing_kernel, "*fp32", True, True, True, True),
 ]
 
 
@@ -403,7 +436,7 @@ def aot_variants() -> list[KernelVariant]:
     """Every shipped configuration, for `python -m fastmmoe_kernels.aot`."""
     variants = []
     for gate in GATES:
-        for kernel, dtype, reduced, padding, store_probs in LAUNCHES:
+        for kernel, dtype, reduced, padding, store_probs, skips in LAUNCHES:
             # groups compile slowly, and differ from the other gates in nothing else
             if gate.n_group > 1 and not store_probs:
                 continue
@@ -414,15 +447,16 @@ def aot_variants() -> list[KernelVariant]:
             logits = "*fp32" if from_hidden else dtype
             signature = {
                 "logits_ptr": logits, "vision_ptr": "*u1" if reduced else logits,
-                "padding_ptr": "*u1" if padding else logits, "bias_ptr": "*fp32" if has_bias else logits,
+                "padding_ptr": "*u1" if padding else logits, "skip_ptr": "*fp32" if skips else logits,
+                "exempt_ptr": "*u1" if skips else logits, "bias_ptr": "*fp32" if has_bias else logits,
                 "ids_ptr": "*i32", "weights_ptr": "*fp32", "probs_ptr": "*fp32", "num_tokens": "i32",
                 "stride_token": "i32", "scaling": "fp32",
             }  # fmt: skip
             constants = {
                 "E": num_experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k, "SIGMOID": gate.sigmoid,
-                "NORMALIZE": gate.normalize, "RENORMALIZE": True, "HAS_PADDING": padding, "HAS_BIAS": has_bias,
-                "STORE_PROBS": store_probs, "N_GROUP": n_group, "TOPK_GROUP": gate.topk_group,
-                "GROUP_BEST": 2 if has_bias else 1,
+                "NORMALIZE": gate.normalize, "RENORMALIZE": True, "HAS_VISION": reduced, "HAS_PADDING": padding,
+                "SKIPS": skips, "HAS_EXEMPT": skips, "HAS_BIAS": has_bias, "STORE_PROBS": store_probs,
+                "N_GROUP": n_group, "TOPK_GROUP": gate.topk_group, "GROUP_BEST": 2 if has_bias else 1,
             }  # fmt: skip
             if from_hidden:
                 logit_bias = dtype if gate.has_logit_bias else logits

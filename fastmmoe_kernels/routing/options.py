@@ -17,6 +17,8 @@ class RoutingOptions(NamedTuple):
 
     vision_mask: torch.Tensor | None  # bool [T]
     padding_mask: torch.Tensor | None  # bool [T]
+    skip_below: torch.Tensor | None  # float32 [2]
+    exempt_mask: torch.Tensor | None  # bool [T]
     correction_bias: torch.Tensor | None  # floating [E]
     top_k: int
     vision_top_k: int  # `top_k` where the caller gave none
@@ -39,9 +41,13 @@ class RoutingOptions(NamedTuple):
         """Refuse an option of another type, shape, dtype, device or range."""
         top_k, vision_top_k, n_group, topk_group = self.top_k, self.vision_top_k, self.n_group, self.topk_group
         check_int("top_k", top_k, 1, num_experts)
-        for name, mask in (("vision_mask", self.vision_mask), ("padding_mask", self.padding_mask)):
-            if mask is not None:
+        for name in ("vision_mask", "padding_mask", "exempt_mask"):
+            if (mask := getattr(self, name)) is not None:
                 check_tensor(name, mask, (num_tokens,), (torch.bool,), device)
+        if self.skip_below is not None:
+            check_tensor("skip_below", self.skip_below, (2,), (torch.float32,), device)
+        elif self.exempt_mask is not None:
+            raise ValueError("exempt_mask: expected None without skip_below, where nothing is skipped, got a mask")
         check_int("vision_top_k", vision_top_k, 1, top_k)
         if self.vision_mask is None and vision_top_k < top_k:
             raise ValueError(f"vision_mask: expected a mask with vision_top_k={vision_top_k}, got None")

@@ -37,10 +37,17 @@ def topk_routing_reference(
         ids = ids.masked_fill(inactive, num_experts)
     if options.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    if options.skip_below is not None:
+        text, vision = options.skip_below.unbind()
+        least = text if vision_mask is None else torch.where(vision_mask, vision, text).unsqueeze(1)
+        skipped = weights < least
+        if options.exempt_mask is not None:
+            skipped &= ~options.exempt_mask.unsqueeze(1)
+        ids = ids.masked_fill(skipped, num_experts)
     weights = weights * options.routed_scaling_factor
     if padding_mask is not None:
         ids = ids.masked_fill(padding_mask.unsqueeze(1), num_experts)
-    if vision_mask is not None or padding_mask is not None:
+    if vision_mask is not None or padding_mask is not None or options.skip_below is not None:
         # last, and by selection: NaN would have spread to slots that were 0
         weights = weights.masked_fill(ids == num_experts, 0.0)
     return ids.to(torch.int32), weights, probs if options.return_probs else probs.new_empty(0)

@@ -87,6 +87,20 @@ def test_routing(backend, options, bias):
 
 
 @both_backends
+@pytest.mark.parametrize("least", [0.25, 0.0, INF, -INF, NAN, SMALL])
+@pytest.mark.parametrize("options", ROUTING, ids=lambda o: "-".join(map(str, o.values())))
+def test_skipping(backend, options, least):
+    """Every row of LOGITS: weights that are no numbers are kept, and so is everything where the least one is none."""
+    logits = torch.tensor(list(LOGITS.values()))
+    case = routing.Case(logits, 4, options=options, skip_below=torch.tensor([least, 0.0]))
+    got, whole = case.run(backend), replace(case, skip_below=None).run(backend)
+    shares = whole.weights / options.get("routed_scaling_factor", 1.0)
+    is_skipped = shares < least
+    assert_same_bits(got.ids, whole.ids.masked_fill(is_skipped, 6))
+    assert_same_bits(got.weights, whole.weights.masked_fill(is_skipped, 0.0))
+
+
+@both_backends
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_gate(backend, scoring, dtype):

@@ -20,6 +20,9 @@ MARGIN = 3e-6
 LOGIT_ERROR = 5e-5 if HAS_GPU else 2e-6
 
 
+TENSORS = ("vision_mask", "padding_mask", "skip_below", "exempt_mask", "correction_bias")
+
+
 @dataclass
 class Case:
     """Arguments of `topk_routing`."""
@@ -30,6 +33,8 @@ class Case:
     correction_bias: torch.Tensor | None = None
     options: dict = field(default_factory=dict)
     padding_mask: torch.Tensor | None = None
+    skip_below: torch.Tensor | None = None
+    exempt_mask: torch.Tensor | None = None
 
     def run(self, backend, **more):
         tensors = {key: None if t is None else t.to(DEVICE) for key, t in self.tensors().items()}
@@ -46,7 +51,7 @@ class Case:
         return self.logits.double().numpy()
 
     def tensors(self):
-        return {name: getattr(self, name) for name in ("vision_mask", "padding_mask", "correction_bias")}
+        return {name: getattr(self, name) for name in TENSORS}
 
 
 @dataclass
@@ -86,7 +91,7 @@ def check(case, backend, *, ties=False):
     np.testing.assert_allclose(got.probs.cpu().numpy(), want.probs, rtol=rtol, atol=1e-30)
     gap = np.minimum(np.minimum(want.score_gap, want.group_gap), want.order_gap)
     # p changes by at most error / 2, and two of them are compared, or two sums of two
-    clear = np.full(num_tokens, True) if ties else gap > MARGIN + 2 * error
+    clear = np.full(num_tokens, True) if ties else (gap > MARGIN + 2 * error) & (want.skip_gap > rtol)
     np.testing.assert_array_equal(got.ids.cpu().numpy()[clear], want.ids[clear])
     np.testing.assert_allclose(got.weights.cpu().numpy()[clear], want.weights[clear], rtol=rtol, atol=1e-30)
     return clear
@@ -116,6 +121,10 @@ def strided(logits, how):
     return logits.t().contiguous().t() if how == "transposed" else logits
 
 
+# least weights: of nothing, of about half of the experts, of all
+LEAST = st.sampled_from([0.0, 0.1, 0.25, 0.5, float("inf")])
+
+
 @st.composite
 def cases(draw):
     seed = draw(st.integers(0, 2**31))
@@ -143,6 +152,10 @@ def cases(draw):
         case.options["vision_top_k"] = draw(st.integers(1, top_k))
     if draw(st.booleans()):
         case.padding_mask = make_mask(seed + 3, num_tokens, draw(st.sampled_from([0.0, 0.5, 1.0])))
+    if draw(st.booleans()):
+        case.skip_below = torch.tensor(draw(st.tuples(LEAST, LEAST)))
+        if draw(st.booleans()):
+            case.exempt_mask = make_mask(seed + 4, num_tokens, draw(st.sampled_from([0.0, 0.5, 1.0])))
     return case
 
 
@@ -153,7 +166,7 @@ def gate_cases(draw, dtypes):
     num_tokens, num_experts = case.logits.shape
     if num_tokens == 19 and draw(st.booleans()):
         num_tokens = 70
-        for name in ("vision_mask", "padding_mask"):
+        for name in ("vision_mask", "padding_mask", "exempt_mask"):
             if getattr(case, name) is not None:
                 setattr(case, name, getattr(case, name).repeat(4)[:70])
     # 64 is one block of the sum; 96 one and a half for 16-bit types and three for float32
@@ -192,6 +205,26 @@ def test_vision_tokens(backend, share, vision_top_k, renormalize, norm_topk_prob
     options = dict(vision_top_k=vision_top_k, norm_topk_prob=norm_topk_prob, renormalize=renormalize)
     case = Case(make_logits(3, 63, 8), 4, make_mask(4, 63, share), options=options)
     assert check(case, backend).mean() > 0.95
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vision_top_k", [2, 4], ids=lambda k: f"Kv={k}")
+@pytest.mark.parametrize("norm_topk_prob", [True, False], ids=["normalize", "raw"])
+@pytest.mark.parametrize("masks", [(), ("vision_mask",), ("vision_mask", "exempt_mask", "padding_mask")], ids="+".join)
+def test_light_experts_are_skipped(backend, vision_top_k, norm_topk_prob, masks):
+    """About half of them, by thresholds of their own for text and vision; what is kept keeps its bits."""
+    given = {name: make_mask(43 + number, 70, 0.5) for number, name in enumerate(masks)}
+    options = dict(norm_topk_prob=norm_topk_prob, routed_scaling_factor=2.5)
+    case = make_gate(46, 70, 8, 12, top_k=4, **given, options=options)
+    if "vision_mask" in masks:
+        case.options["vision_top_k"] = vision_top_k
+    case.skip_below = torch.tensor([0.2, 0.3] if norm_topk_prob else [0.15, 0.35])
+    check(case, backend)
+    got, whole = case.run(backend), replace(case, skip_below=None, exempt_mask=None).run(backend)
+    is_kept = got.ids < 8
+    assert 0.2 < is_kept.sum() / (whole.ids < 8).sum() < 0.95
+    assert torch.equal(got.ids[is_kept], whole.ids[is_kept]) and (got.weights[~is_kept] == 0).all()
+    assert torch.equal(got.weights[is_kept], whole.weights[is_kept])
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered")
@@ -373,7 +406,8 @@ def test_custom_op(backend, with_bias, return_probs, with_padding):
     padding = make_mask(34, 9, 0.5).to(DEVICE) if with_padding else None
     bias = make_logits(17, 1, 6)[0].to(DEVICE) if with_bias else None
     group_best = 1 if with_padding else None
-    arguments = (mask, padding, bias, 3, 2, "softmax", True, 2, 1, group_best, 1.5, True, return_probs, backend)
+    skip = (torch.tensor([0.1, 0.3]).to(DEVICE), padding) if return_probs else (None, None)
+    arguments = (mask, padding, *skip, bias, 3, 2, "softmax", True, 2, 1, group_best, 1.5, True, return_probs, backend)
     torch.library.opcheck(_topk_routing, (logits, *arguments))
     hidden, weight = make_logits(35, 9, 5).to(DEVICE), make_logits(36, 6, 5).to(DEVICE)
     torch.library.opcheck(_gate_routing, (hidden, weight, bias, 0.5, *arguments))
@@ -383,6 +417,7 @@ def test_custom_op(backend, with_bias, return_probs, with_padding):
 def test_compiles_without_graph_breaks(backend):
     def route(logits, mask):
         options = dict(vision_mask=mask, vision_top_k=2, padding_mask=~mask, return_probs=True, backend=backend)
+        options |= dict(skip_below=logits[0, :2].abs(), exempt_mask=mask)
         gate = gate_routing(logits, logits, 3, bias=logits[:, 0], logit_scale=0.5, **options)
         return *topk_routing(logits, 3, n_group=2, topk_group=2, group_best=2, **options), *gate
 
@@ -412,6 +447,13 @@ MASK = torch.zeros(5, dtype=torch.bool)
         (dict(padding_mask=MASK.float()), TypeError, "padding_mask"),
         (dict(padding_mask=MASK[:4]), ValueError, "padding_mask"),
         (dict(padding_mask=MASK.to("meta")), ValueError, "padding_mask"),
+        (dict(skip_below=0.1), TypeError, "skip_below"),
+        (dict(skip_below=torch.zeros(3)), ValueError, "skip_below"),
+        (dict(skip_below=torch.zeros(2, dtype=torch.float64)), TypeError, "skip_below"),
+        (dict(skip_below=torch.zeros(2, device="meta")), ValueError, "skip_below"),
+        (dict(exempt_mask=MASK), ValueError, "exempt_mask"),
+        (dict(exempt_mask=MASK[:4], skip_below=torch.zeros(2)), ValueError, "exempt_mask"),
+        (dict(exempt_mask=MASK.float(), skip_below=torch.zeros(2)), TypeError, "exempt_mask"),
         (dict(vision_mask=MASK, vision_top_k=3), ValueError, "vision_top_k"),
         (dict(vision_mask=MASK, vision_top_k=0), ValueError, "vision_top_k"),
         (dict(vision_top_k=1), ValueError, "vision_mask"),
@@ -462,6 +504,7 @@ def test_bad_input_names_the_argument(wrong, error, name):
         (dict(top_k=7), ValueError, "top_k"),
         (dict(padding_mask=MASK[:4]), ValueError, "padding_mask"),
         (dict(vision_top_k=1), ValueError, "vision_mask"),
+        (dict(skip_below=torch.zeros(1)), ValueError, "skip_below"),
         (dict(n_group=4), ValueError, "n_group"),
         (dict(backend="cuda"), ValueError, "backend"),
     ],
