@@ -4,7 +4,7 @@
 from fastmmoe.cost.flops import FlopsReport, flops
 from fastmmoe.cost.prefill_time import TimeReport, prefill_time
 from fastmmoe.enable import disable, enable, enabled, fixed_layout
-from fastmmoe.methods import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
+from fastmmoe.methods import FastMMoEConfig, FastVConfig, MoDESConfig, RandomConfig, SparseVLMConfig, UniformConfig
 from fastmmoe.prefill.packing import pack_batch
 from fastmmoe.report import PrefillReport, StageReport, report
 from fastmmoe.support import FamilySupport, families
@@ -16,6 +16,7 @@ __all__ = [
     "FastMMoEConfig",
     "FastVConfig",
     "FlopsReport",
+    "MoDESConfig",
     "PrefillReport",
     "RandomConfig",
     "SparseVLMConfig",

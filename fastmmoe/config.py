@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -11,6 +11,19 @@ from typing import Any, ClassVar
 from fastmmoe_kernels.layout import prune_plan
 
 BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """How the tokens of a layer choose experts, where that is not the model's own way.
+
+    Attributes:
+        vision_top_k: the most experts of a vision token.
+        skip_below: the least weights of text and of vision tokens, as in `topk_routing`; None: all chosen experts run.
+    """
+
+    vision_top_k: int
+    skip_below: tuple[float, float] | None = None
 
 
 class ReductionConfig:
@@ -22,9 +35,27 @@ class ReductionConfig:
 
     Attributes:
         prunes_behind_layer: a prune layer's output is shortened; else the input of its MoE.
+        special_tokens: ids of tokens that are neither text nor vision where text tokens take fewer experts.
     """
 
     prunes_behind_layer: ClassVar[bool] = False
+    special_tokens: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def reduces_experts(self) -> bool:
+        """Whether any token may take fewer experts."""
+        return self.vision_top_k is not None
+
+    @property
+    def reduces_text(self) -> bool:
+        """Whether text tokens may, so that decoding is reduced as well."""
+        return False
+
+    def expert_choice(self, layer: int, top_k: int) -> ExpertChoice | None:
+        """How the tokens of a MoE layer choose experts; None: as the model does, `top_k` per token."""
+        if self.vision_top_k is None or self.vision_top_k >= top_k or layer < self.reduction_layer:
+            return None
+        return ExpertChoice(self.vision_top_k)
 
     def __post_init__(self):
         for own in dataclasses.fields(self):

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from fastmmoe.config import ReductionConfig
@@ -50,8 +51,11 @@ class PrefillReport:
         stages: one per prune layer.
         architecture, config: what ran: the text model's sizes, and what was reduced.
         device: where the model lies, as `fastmmoe.prefill_time` calls it; None: it knows no ceilings of it.
-        own_experts: layers whose vision tokens take fewer experts, and where the model's own run, on one row per token
-            and expert: the kernel does not know them.
+        own_experts: layers whose tokens take fewer experts, and where the model's own run, on one row per token and
+            expert: the kernel does not know them.
+        expert_pairs: layer -> pairs of a token and an expert that ran, of text and of vision tokens, where experts were
+            skipped by what a token needs; without layers in which another thread's prefill ran in between: there
+            `flops` counts all that may have run.
         flops: FLOPs of the language model's prefill over the whole batch.
         skipped: the stock model ran, with fewer vision tokens than the config's `min_vision_tokens`.
     """
@@ -65,6 +69,7 @@ class PrefillReport:
     config: ReductionConfig = field(repr=False)
     device: str | None
     own_experts: tuple[int, ...] = ()
+    expert_pairs: dict[int, tuple[int, int]] = field(default_factory=dict)
     skipped: bool = False
 
     def time(self, device: str | Path | None = None) -> TimeReport:
@@ -78,7 +83,21 @@ class PrefillReport:
             known = f"one of {', '.join(DEVICES)}, cpu or a .json file"
             raise ValueError(f"device: that of the model has no known ceilings, expected {known}, got None")
         left = [[kept + merged for kept, merged in zip(s.kept, s.merged, strict=True)] for s in self.stages]
-        return prefill_time(self.architecture, self.n_text, self.n_vision, self.config, device, vision_left=left)
+        return prefill_time(
+            self.architecture, self.n_text, self.n_vision, self.config, device,
+            vision_left=left, expert_pairs=self.expert_pairs,
+        )  # fmt: skip
+
+    @property
+    def experts_skipped(self) -> float:
+        """Share of the pairs of a token and an expert that were skipped by need, in the layers of `expert_pairs`."""
+        top_k, n_text = self.architecture.num_experts_per_tok, sum(self.n_text)
+        ran = most = 0
+        for layer, pairs in self.expert_pairs.items():
+            choice = self.config.expert_choice(layer, top_k)
+            ran += sum(pairs)
+            most += n_text * top_k + (sum(self.tokens_per_layer[layer]) - n_text) * choice.vision_top_k
+        return 1.0 - ran / most if most else 0.0
 
     def to_dict(self) -> dict:
         """A JSON-able dict, without `fate`."""
@@ -89,6 +108,8 @@ class PrefillReport:
             "tokens_per_layer": [list(tokens) for tokens in self.tokens_per_layer],
             "stages": stages,
             "own_experts": list(self.own_experts),
+            "expert_pairs": {str(layer): list(pairs) for layer, pairs in self.expert_pairs.items()},
+            "experts_skipped": self.experts_skipped,
             "flops": {"dense": self.flops.dense, "reduced": self.flops.reduced, "saved": self.flops.saved},
             "skipped": self.skipped,
         }
@@ -105,6 +126,8 @@ class PrefillReport:
             "tokens per layer: " + " ".join(str(sum(tokens)) for tokens in self.tokens_per_layer),
             f"language model FLOPs: {f.dense:.4g} dense, {f.reduced:.4g} now, {f.saved:.1%} saved",
         ]
+        if self.expert_pairs:
+            lines.append(f"experts skipped by need: {self.experts_skipped:.1%} of those chosen")
         if self.device in DEVICES:  # a CPU's ceilings would have to be measured first
             lines.append(time_line(self.time()))
         if self.own_experts:
@@ -144,13 +167,13 @@ def report(model: nn.Module) -> PrefillReport:
     window = getattr(config, "window", 1)
     # the MoE of a layer that is pruned behind still has all tokens
     shortened = [layer + config.prunes_behind_layer for layer in prune_layers]
+    stretches = [sum(first <= layer for first in shortened) for layer in range(text_config.num_hidden_layers)]
+    seen = [segments[stretch] for stretch in stretches]
+    pairs = {layer: _pairs(ids, seen[layer], architecture.num_experts) for layer, ids in plan.chosen.items()}
     return PrefillReport(
         n_text=n_text,
         n_vision=layout.n_vision,
-        tokens_per_layer=tuple(
-            segments[sum(first <= layer for first in shortened)].layout.lengths
-            for layer in range(text_config.num_hidden_layers)
-        ),
+        tokens_per_layer=tuple(segment.layout.lengths for segment in seen),
         stages=_stages(segments, prune_layers, window),
         flops=flops(
             architecture,
@@ -158,13 +181,24 @@ def report(model: nn.Module) -> PrefillReport:
             layout.n_vision,
             config,
             vision_left=[segment.layout.n_vision for segment in segments[1:]],
+            expert_pairs=pairs,
         ),
+        expert_pairs=pairs,
         own_experts=installation_of(model).own_experts(plan),
         skipped=plan.skipped,
         architecture=architecture,
         config=config,
         device=known_device(weights.device, weights.dtype),
     )
+
+
+def _pairs(ids: torch.Tensor, segment: Segment, num_experts: int) -> tuple[int, int]:
+    """Pairs of text and of vision tokens that a gate chose, int [T, K], over the rows of a segment."""
+    active = (ids < num_experts).sum(-1)
+    # a gate of vision tokens alone
+    vision = segment.vision_rows.flatten().to(ids.device) if len(ids) == segment.vision_rows.numel() else active >= 0
+    n_vision = int(active[vision].sum())
+    return int(active.sum()) - n_vision, n_vision
 
 
 def _stages(segments: list[Segment], layers: tuple[int, ...], window: int) -> tuple[StageReport, ...]:

@@ -105,8 +105,9 @@ def route(
     weights, probs = np.empty((T, top_k)), np.empty((T, E))
     score_gap, group_gap, order_gap, skip_gap = (np.empty(T) for _ in range(4))
     _call(
-        "topk_routing", logits, mask, padding, skip_below, exempt, bias, T, E, top_k, vision_top_k, _int32(SCORING[scoring]),
-        _int32(norm_topk_prob), n_group, topk_group, group_best, float(routed_scaling_factor), _int32(renormalize),
+        "topk_routing", logits, mask, padding, skip_below, exempt, bias, T, E, top_k, vision_top_k,
+        _int32(SCORING[scoring]), _int32(norm_topk_prob), n_group, topk_group, group_best,
+        float(routed_scaling_factor), _int32(renormalize),
         ids, weights, probs, score_gap, group_gap, order_gap, skip_gap,
     )  # fmt: skip
     return Routing(ids, weights, probs, score_gap, group_gap, order_gap, skip_gap)

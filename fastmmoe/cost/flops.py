@@ -24,7 +24,7 @@ Behind a prune layer every later layer, of whatever kind, sees the tokens that a
 those.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,7 @@ def flops(
     config: ReductionConfig,
     *,
     vision_left: Sequence[Sequence[int]] | None = None,
+    expert_pairs: Mapping[int, tuple[int, int]] | None = None,
 ) -> FlopsReport:
     """Count the FLOPs of one prefill of the language model, dense and under `config` (method section 3).
 
@@ -88,26 +89,27 @@ def flops(
         vision_left: per prune layer, the vision tokens of each sample behind it, as they were measured; None counts
             them from `config`, which counts that depend on the data do not allow, and nothing is reduced for fewer
             than `config.min_vision_tokens`.
+        expert_pairs: layer -> pairs of a token and an expert that ran, of text and of vision tokens over the whole
+            batch, as they were measured; of other layers all that may run are counted. Where experts are skipped by
+            what a token needs, the count without is an upper bound.
 
     Raises:
         TypeError, ValueError: an unknown name or architecture, token counts that are no counts, do not pair up or
             are all zero, or a config that does not fit the model.
     """
-    tokens = count_tokens(text_config, n_text, n_vision, config, vision_left)
+    tokens = count_tokens(text_config, n_text, n_vision, config, vision_left, expert_pairs)
     text, vision, top_k = tokens.text, tokens.vision, tokens.architecture.num_experts_per_tok
-
-    def total(layer: int, before: Sequence[int], after: Sequence[int], vision_top_k: int) -> int:
-        """FLOPs of a layer; vision tokens per sample before and after the pruning between attention and MoE."""
-        counted = tokens.architecture.layers[layer]
-        return sum(counted.flops(t, b, a, top_k, vision_top_k) for t, b, a in zip(text, before, after, strict=True))
-
+    whole = vision, sum(vision), sum(text) * top_k, sum(vision) * top_k
+    layers = tokens.architecture.layers
     per_layer = tuple(
         LayerFlops(
             layer=seen.layer,
             attention_tokens=sum(text) + sum(seen.before),
             moe_tokens=sum(text) + sum(seen.after),
-            dense=float(total(seen.layer, vision, vision, top_k)),
-            reduced=float(total(seen.layer, seen.before, seen.after, seen.vision_top_k)),
+            dense=float(layers[seen.layer].flops(text, *whole)),
+            reduced=float(
+                layers[seen.layer].flops(text, seen.before, sum(seen.after), seen.text_pairs, seen.vision_pairs)
+            ),
         )
         for seen in tokens.layers
     )

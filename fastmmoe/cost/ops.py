@@ -60,7 +60,8 @@ def layer_ops(
     text: Sequence[int],
     before: Sequence[int],
     after: Sequence[int],
-    vision_top_k: int,
+    text_pairs: int,
+    vision_pairs: int,
     prunes: bool,
     itemsize: int,
 ) -> tuple[Op, ...]:
@@ -69,7 +70,7 @@ def layer_ops(
     Args:
         text: text tokens per sample.
         before, after: vision tokens per sample that its mixer and its MLP see.
-        vision_top_k: experts per vision token.
+        text_pairs, vision_pairs: pairs of a token and an expert, over all samples.
         prunes: whether a prune stage is in the layer.
         itemsize: bytes per number.
     """
@@ -90,7 +91,7 @@ def layer_ops(
         moved = mixed * (mixer.key + hidden) + 2 * left * hidden
         ops.append(Op("prune", 0.0, itemsize * moved, 0.0, PRUNE))
     if has_mlp:
-        ops += _mlp(architecture, layer, sum(text), sum(after), vision_top_k, itemsize)
+        ops += _mlp(architecture, layer, (sum(text), text_pairs), (sum(after), vision_pairs), itemsize)
     return tuple(ops)
 
 
@@ -98,11 +99,13 @@ def expected_experts(num_experts: int, draws: Sequence[tuple[int, int]]) -> floa
     """Experts that at least one token is expected to come to.
 
     Args:
-        draws: (tokens, experts of each); every set of experts is equally likely, and tokens choose by themselves.
+        draws: (tokens, experts of all of them); each has as many, every set is equally likely, and tokens choose by
+            themselves.
     """
     missed = 1.0
-    for tokens, top_k in draws:
-        missed *= (1.0 - top_k / num_experts) ** tokens
+    for tokens, pairs in draws:
+        if tokens:
+            missed *= (1.0 - pairs / tokens / num_experts) ** tokens
     return num_experts * (1.0 - missed)
 
 
@@ -124,10 +127,9 @@ def _elementwise(layer: Layer, hidden: int, mixed: int, left: int, itemsize: int
 
 
 def _mlp(
-    architecture: Architecture, layer: Layer, text: int, vision: int, vision_top_k: int, itemsize: int
+    architecture: Architecture, layer: Layer, text_draw: tuple[int, int], vision_draw: tuple[int, int], itemsize: int
 ) -> list[Op]:
-    hidden, num_experts, tokens = architecture.hidden_size, architecture.num_experts, text + vision
-    text_draw, vision_draw = (text, architecture.num_experts_per_tok), (vision, vision_top_k)
+    hidden, num_experts, tokens = architecture.hidden_size, architecture.num_experts, text_draw[0] + vision_draw[0]
     if layer.vision_mlp is None:
         parts = [(layer.mlp, [text_draw, vision_draw])]
     else:
@@ -141,7 +143,7 @@ def _mlp(
         ops.append(Op("gate", 2.0 * tokens * gate, weights + tokens * (itemsize * hidden + choice), weights, GATE))
         multiplied, weights, moved = 0.0, 0.0, 0
         for mlp, draws in parts:
-            pairs, rows = sum(count * top_k for count, top_k in draws), sum(count for count, _ in draws)
+            rows, pairs = (sum(counts) for counts in zip(*draws, strict=True))
             multiplied += 2.0 * pairs * mlp.expert
             weights += itemsize * expected_experts(num_experts, draws) * mlp.expert
             # what goes in and comes out, and between the kernels what is written and read again

@@ -8,7 +8,7 @@ measurement in eager mode is longer. Only elementwise ops may take less, where t
 comparison are such floors of the same ops, so that their ratio is closer to the measured one than they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,12 @@ def prefill_time(
     device: str | Path | Ceilings = "h100",
     *,
     vision_left: Sequence[Sequence[int]] | None = None,
+    expert_pairs: Mapping[int, tuple[int, int]] | None = None,
 ) -> TimeReport:
     """Calculate the floor of one prefill's time, dense and under `config`: not a measurement.
 
     Args:
-        text_config, n_text, n_vision, config, vision_left: as in `fastmmoe.flops`.
+        text_config, n_text, n_vision, config, vision_left, expert_pairs: as in `fastmmoe.flops`.
         device: h100, h200, a100, l40s or mi300x, by public figures of their 16-bit rates; "cpu", in float32 with
             torch's present number of threads, measured in half a second, once per process; or a .json file that
             holds measured `Ceilings`.
@@ -93,17 +94,19 @@ def prefill_time(
         TypeError, ValueError: as in `fastmmoe.flops`, an unknown device, or a file that holds no ceilings.
         OSError: a file that cannot be read.
     """
-    tokens = count_tokens(text_config, n_text, n_vision, config, vision_left)
+    tokens = count_tokens(text_config, n_text, n_vision, config, vision_left, expert_pairs)
     architecture, text, vision = tokens.architecture, tokens.text, tokens.vision
     ceilings = ceilings_of(device)
 
     def timed(layer: int, *seen: Any) -> tuple[OpTime, ...]:
         return _time(layer_ops(architecture, architecture.layers[layer], text, *seen, ceilings.itemsize), ceilings)
 
+    top_k = architecture.num_experts_per_tok
+    whole = vision, vision, sum(text) * top_k, sum(vision) * top_k, False
     per_layer = []
     for seen in tokens.layers:
-        dense = timed(seen.layer, vision, vision, architecture.num_experts_per_tok, False)
-        reduced = timed(seen.layer, seen.before, seen.after, seen.vision_top_k, seen.prunes)
+        dense = timed(seen.layer, *whole)
+        reduced = timed(seen.layer, seen.before, seen.after, seen.text_pairs, seen.vision_pairs, seen.prunes)
         per_layer.append(
             LayerTime(
                 layer=seen.layer,

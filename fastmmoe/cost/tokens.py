@@ -1,6 +1,6 @@
 """Which tokens every layer of a prefill sees: what FLOPs and times are counted from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -17,14 +17,15 @@ class LayerTokens:
         layer: counted from 0.
         before: those that its attention sees.
         after: those that its MoE (or dense MLP) sees: fewer where tokens are pruned in front of the MoE.
-        vision_top_k: experts of each.
+        text_pairs, vision_pairs: pairs of a token and an expert, over the whole batch.
         prunes: whether it is a prune layer.
     """
 
     layer: int
     before: tuple[int, ...]
     after: tuple[int, ...]
-    vision_top_k: int
+    text_pairs: int
+    vision_pairs: int
     prunes: bool
 
 
@@ -44,6 +45,7 @@ def count_tokens(
     n_vision: int | Sequence[int],
     config: ReductionConfig,
     vision_left: Sequence[Sequence[int]] | None = None,
+    expert_pairs: Mapping[int, tuple[int, int]] | None = None,
 ) -> PrefillTokens:
     """Tokens per layer; arguments and errors are those of `fastmmoe.flops`."""
     architecture = _architecture(text_config)
@@ -63,18 +65,21 @@ def count_tokens(
     before = vision
     for layer in range(architecture.num_hidden_layers):
         behind = left.get(layer, before)
-        is_reduced = not is_skipped and config.vision_top_k is not None and layer >= config.reduction_layer
-        layers.append(
-            LayerTokens(
-                layer=layer,
-                before=before,
-                after=before if config.prunes_behind_layer else behind,
-                vision_top_k=config.vision_top_k if is_reduced else top_k,
-                prunes=layer in left,
-            )
-        )
+        after = before if config.prunes_behind_layer else behind
+        choice = None if is_skipped else config.expert_choice(layer, top_k)
+        most = sum(text) * top_k, sum(after) * (top_k if choice is None else choice.vision_top_k)
+        text_pairs, vision_pairs = _pairs(layer, (expert_pairs or {}).get(layer, most), most)
+        layers.append(LayerTokens(layer, before, after, text_pairs, vision_pairs, prunes=layer in left))
         before = behind
     return PrefillTokens(architecture, text, vision, tuple(layers))
+
+
+def _pairs(layer: int, pairs: Sequence[int], most: tuple[int, int]) -> tuple[int, ...]:
+    name = f"expert_pairs[{layer}]"
+    counts = _counts(name, pairs)
+    if len(counts) != 2 or any(count > bound for count, bound in zip(counts, most, strict=True)):
+        raise ValueError(f"{name}: expected pairs of text and of vision tokens, at most {most}, got {pairs}")
+    return counts
 
 
 def _vision_left(

@@ -3,7 +3,7 @@
 Weights and multiply-adds are what FLOPs are counted from, widths what bytes are counted from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -105,11 +105,13 @@ class Layer:
     mlp: Mlp = Mlp()
     vision_mlp: Mlp | None = None
 
-    def flops(self, text: int, vision: int, vision_left: int, top_k: int, vision_top_k: int) -> int:
-        """Over one sample, whose vision tokens are `vision_left` behind the mixer."""
+    def flops(
+        self, text: Sequence[int], vision: Sequence[int], vision_left: int, text_pairs: int, vision_pairs: int
+    ) -> int:
+        """Over a batch: tokens per sample; behind the mixer those of all, and their pairs with an expert."""
         vision_mlp = self.vision_mlp or self.mlp
-        tokens = self.mlp.flops(text, text * top_k) + vision_mlp.flops(vision_left, vision_left * vision_top_k)
-        return self.mixer.flops(text + vision) + tokens
+        tokens = self.mlp.flops(sum(text), text_pairs) + vision_mlp.flops(vision_left, vision_pairs)
+        return sum(self.mixer.flops(t + v) for t, v in zip(text, vision, strict=True)) + tokens
 
 
 def no_weights(config: Any, layer: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -277,19 +278,26 @@ def placeholder_mask(
     """
     if not any(_is_given(inputs.get(name)) for name in features):
         return None
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+        # a placeholder may lie behind the vocabulary: then nothing in the embeddings can stand for it
+        size = model.get_input_embeddings().num_embeddings
+        if min(ids) >= size:
+            raise ValueError(
+                f"inputs_embeds: the placeholder tokens {ids} lie outside the embedding table of {size}, so vision "
+                "tokens cannot be found in it; expected input_ids"
+            )
+    return find_tokens(model, inputs, ids)
+
+
+def find_tokens(model: nn.Module, inputs: dict[str, Any], ids: tuple[int, ...]) -> torch.Tensor | None:
+    """Where tokens of some ids stand among a forward's input, by ids or by embeddings, bool [B, n]; None without."""
     if inputs.get("input_ids") is not None:
         return _is_any(inputs["input_ids"], ids)
     embeds = inputs.get("inputs_embeds")
     if embeds is None:
         return None
     embedding = model.get_input_embeddings()
-    # a placeholder may lie behind the vocabulary: then nothing in the embeddings can stand for it
     known = tuple(i for i in ids if i < embedding.num_embeddings)
-    if not known:
-        raise ValueError(
-            f"inputs_embeds: the placeholder tokens {ids} lie outside the embedding table of "
-            f"{embedding.num_embeddings}, so vision tokens cannot be found in it; expected input_ids"
-        )
     table = embedding(torch.tensor(known, device=embeds.device))
     return (embeds.unsqueeze(2) == table).all(-1).any(-1)
 
@@ -303,7 +311,10 @@ def _is_given(features: Any) -> bool:
 
 def _is_any(input_ids: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
     """bool like input_ids: the token is one of `ids`."""
-    mask = input_ids == ids[0]
-    for other in ids[1:]:
-        mask = mask | (input_ids == other)
-    return mask
+    return (input_ids.unsqueeze(-1) == _table(ids, input_ids.device)).any(-1)
+
+
+@lru_cache(maxsize=64)
+def _table(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Ids on a device, copied once: decoding asks in every step."""
+    return torch.tensor(ids).to(device)

@@ -7,10 +7,11 @@ are written from other papers' definitions, to compare with, and combine with fe
 
 from fastmmoe.methods.fastmmoe import FastMMoEConfig
 from fastmmoe.methods.fastv import FastVConfig
+from fastmmoe.methods.modes import MoDESConfig
 from fastmmoe.methods.random import RandomConfig
 from fastmmoe.methods.sparsevlm import SparseVLMConfig
 from fastmmoe.methods.uniform import UniformConfig
 
-METHODS = (FastMMoEConfig, FastVConfig, SparseVLMConfig, UniformConfig, RandomConfig)
+METHODS = (FastMMoEConfig, FastVConfig, SparseVLMConfig, MoDESConfig, UniformConfig, RandomConfig)
 
 __all__ = ["METHODS", *(config.__name__ for config in METHODS)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmmoe.families.family import find_tokens
 from fastmmoe.prefill.patch import Patch
 from fastmmoe.prefill.running import RUNNING, Call
 from fastmmoe.prefill.sequence import ForwardPass
@@ -157,6 +158,7 @@ class ParentPatch(EntryPatch):
     def enter(self, call: Call, inputs: dict[str, Any]) -> None:
         installation = self.installation
         call.vision = None
+        call.special = special_tokens(call, self.module, inputs)
         if self._is_head:
             call.back = _tokens_behind(inputs)  # its own
         if installation.layout is None:
@@ -171,8 +173,15 @@ class ParentPatch(EntryPatch):
     @torch.compiler.disable
     def end(self, call: Call | None, forward: ForwardPass | None, at: int | None) -> None:
         if RUNNING.call is not None:
-            RUNNING.call.vision = None
+            RUNNING.call.vision = RUNNING.call.special = None
         super().end(call, forward, at)
+
+
+def special_tokens(call: Call, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """Where a forward's tokens stand that are neither text nor vision, bool [B, n]; None: nobody asks."""
+    if call.plan is None or not call.plan.config.special_tokens:
+        return None
+    return find_tokens(module, inputs, call.plan.config.special_tokens)
 
 
 def is_head(module: nn.Module) -> bool:

@@ -46,16 +46,18 @@ def run_pairs(
         hidden: [T, H].
         ids: int [T, K], inactive slots hold `num_experts`.
         weights: [T, K].
-        pairs: how many slots are active; the host knows it from the layout, and need not wait for the device.
+        pairs: how many slots are active at most; the host knows it from the layout, and need not wait for the device.
 
     Returns:
         [T, H] in hidden's dtype.
     """
     num_tokens, top_k = ids.shape
     active = (ids >= num_experts).flatten().byte().argsort(stable=True)[:pairs]  # [P]
+    chosen = ids.flatten()[active].long().unsqueeze(1)  # [P, 1]
     rows = experts(
-        hidden[active // top_k], ids.flatten()[active].long().unsqueeze(1), weights.flatten()[active].unsqueeze(1)
+        hidden[active // top_k], chosen.clamp_max(num_experts - 1), weights.flatten()[active].unsqueeze(1)
     )
+    rows = rows.masked_fill(chosen >= num_experts, 0.0)
     slots = rows.new_zeros(num_tokens * top_k, rows.shape[1]).index_copy_(0, active, rows)
     return slots.view(num_tokens, top_k, -1).sum(1)
 

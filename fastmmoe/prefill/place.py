@@ -1,7 +1,11 @@
 """A decoder layer's place in a plan, with marks of what ran there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
+
+import torch
+
+from fastmmoe.config import ExpertChoice
 
 _NUMBERS = count(1)
 
@@ -35,11 +39,24 @@ class Place:
     Attributes:
         behind: how many prune layers stand in front of it.
         stage: number of its stage, if it prunes.
-        gate, experts: of the last forward whose gate gave vision tokens fewer experts here, and whose experts ran on
-            that choice.
+        choice: how its tokens choose experts, if not as the model does.
+        gate, experts: of the last forward whose gate gave tokens fewer experts here, and whose experts ran on that
+            choice.
+        chosen: what the last prefill's gate chose here where the host does not know how many experts that are.
     """
 
     behind: int
     stage: int | None
+    choice: ExpertChoice | None = None
     gate: Token = NO_FORWARD
     experts: Token = NO_FORWARD
+    chosen: tuple[Token, torch.Tensor] | None = field(default=None, repr=False)
+    _skip_below: torch.Tensor | None = field(default=None, repr=False)
+
+    def skip_below(self, device: torch.device) -> torch.Tensor | None:
+        """The least weights of its choice, float32 [2], copied to a device once."""
+        if self.choice.skip_below is None:
+            return None
+        if self._skip_below is None or self._skip_below.device != device:
+            self._skip_below = torch.tensor(self.choice.skip_below, dtype=torch.float32).to(device)
+        return self._skip_below

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from fastmmoe.config import ReductionConfig
@@ -21,9 +22,11 @@ class Plan:
         config: what to reduce.
         pruning: the config's way of pruning.
         stages: number of each prune layer -> number of its stage, both from 0.
-        reduced: layers whose vision tokens take fewer experts.
+        reduced: layers whose tokens take fewer experts.
         places: of all layers.
         last: segments of the last forward with vision tokens under this plan, for the report; None before one.
+        chosen: layer -> int [T, K], what the gates of that forward chose, where only they know how many experts that
+            are; without layers where another thread's forward ran in between.
         skipped: the last forward with vision tokens had fewer than `config.min_vision_tokens`.
     """
 
@@ -33,6 +36,7 @@ class Plan:
     reduced: tuple[int, ...]
     places: tuple[Place, ...]
     last: list[Segment] | None = field(default=None, repr=False)
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     skipped: bool = False
 
     @classmethod
@@ -54,15 +58,17 @@ class Plan:
                 raise ValueError(f"prune_layers: layer {number} is not a MoE layer")
             if number < len(layers) and (reason := family.why_not_prune(text.config, number)):
                 raise ValueError(f"prune_layers: layer {number} of {family.title} cannot prune: {reason}")
-        if config.vision_top_k is not None and (reason := family.expert_obstacle(text.config)):
-            raise ValueError(f"vision_top_k: {family.title}'s vision tokens cannot take fewer experts: {reason}")
+        if config.reduces_experts and (reason := family.expert_obstacle(text.config)):
+            name = "config" if config.vision_top_k is None else "vision_top_k"
+            raise ValueError(f"{name}: {family.title}'s vision tokens cannot take fewer experts: {reason}")
+        if config.reduces_text and family.vision_only:
+            raise ValueError(f"config: {family.title}'s text tokens have experts of their own, which cannot be fewer")
         top_k = getattr(text.config, family.top_k)
         config.check_model(len(layers), top_k)
-        reduced: tuple[int, ...] = ()
-        if config.vision_top_k is not None and config.vision_top_k < top_k:
-            reduced = tuple(number for number in moe if number >= config.reduction_layer)
-            if not reduced:
-                raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
+        if config.vision_top_k is not None and config.vision_top_k < top_k and moe[-1] < config.reduction_layer:
+            raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
+        choices = {number: config.expert_choice(number, top_k) for number in moe}
+        reduced = tuple(number for number, choice in choices.items() if choice is not None)
         for number in sorted({*reduced, *config.prune_layers} & set(moe)):
             gate = innermost(family.gate_of(layers[number]))
             try:
@@ -75,11 +81,13 @@ class Plan:
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
             if any(hasattr(weight, "device_mesh") for weight in experts.parameters()):
-                raise ValueError("model: sharded experts are not supported together with vision_top_k")
+                raise ValueError("model: sharded experts are not supported together with fewer experts")
             if getattr(experts, "_is_expert_parallel", False):
-                raise ValueError("model: expert parallelism is not supported together with vision_top_k")
+                raise ValueError("model: expert parallelism is not supported together with fewer experts")
         stages = {layer: stage for stage, layer in enumerate(config.prune_layers)}
-        places = [Place(sum(stage < n for stage in stages), stages.get(n)) for n in range(len(layers))]
+        places = [
+            Place(sum(stage < n for stage in stages), stages.get(n), choices.get(n)) for n in range(len(layers))
+        ]
         return cls(config, config.pruning(), stages, reduced, tuple(places))
 
     @property

@@ -1,4 +1,4 @@
-"""A gate that gives vision tokens fewer experts (method section 1), and the experts that run on its choice."""
+"""A gate that gives tokens fewer experts (method section 1), and the experts that run on its choice."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastmmoe_kernels import gate_routing, topk_routing
 
 
 class GatePatch(Patch):
-    """Chooses experts: fewer for vision tokens, none for padding."""
+    """Chooses experts: fewer than the model does, none for padding."""
 
     __slots__ = ("_is_known",)
     part = "gate"
@@ -33,19 +33,20 @@ class GatePatch(Patch):
         if place is None:
             return self.stock(hidden, *args)
         family, config, gate = self.installation.family, forward.plan.config, self.module
+        num_tokens = hidden.shape[:-1].numel()
         if family.vision_only:
-            vision, padding = hidden.new_ones(hidden.shape[:-1].numel(), dtype=torch.bool), None
+            options = dict(vision_mask=hidden.new_ones(num_tokens, dtype=torch.bool))
+        elif forward.num_tokens == num_tokens:
+            options = forward.token_masks(hidden.device)
         else:
-            vision, padding = forward.token_masks(hidden.device)
-            if vision.shape[0] != hidden.shape[:-1].numel():
-                return self.stock(hidden, *args)  # somebody asks it about other tokens
-        options = dict(
-            vision_mask=vision,
-            vision_top_k=config.vision_top_k,
-            padding_mask=padding,
-            backend=config.backend,
-            **family.routing_options(gate, *args),
-        )
+            return self.stock(hidden, *args)  # somebody asks it about other tokens
+        options = options | dict(backend=config.backend, **family.routing_options(gate, *args))
+        if options["vision_mask"] is not None:
+            options["vision_top_k"] = place.choice.vision_top_k
+        if place.choice.skip_below is None:
+            options.pop("exempt_mask", None)
+        else:
+            options["skip_below"] = place.skip_below(hidden.device)
         linear = linear_options(gate, hidden, family) if self.is_bare else None
         if linear is not None:
             flat = hidden.reshape(-1, hidden.shape[-1])
@@ -111,7 +112,8 @@ class ExpertsPatch(Patch):
         # each number of pairs would be another graph
         is_ours = self._is_known and self.form is not None
         if is_chosen and not (is_ours and torch.compiler.is_compiling()):
-            pairs = len(ids) * config.vision_top_k if is_flat else forward.active_pairs(ids.shape[1])
+            most = place.choice.vision_top_k
+            pairs = len(ids) * most if is_flat else forward.active_pairs(ids.shape[1], most)
         if is_ours:
             return self.form.run(self.module, hidden, ids, weights, config.backend, pairs)
         if forward.chosen_at is not place:
@@ -146,7 +148,7 @@ def _is_close(output: torch.Tensor, stock: torch.Tensor) -> bool:
 
 
 def _reduces_here(forward: ForwardPass, patch: Patch) -> Place | None:
-    """This layer's place if the forward under way gives its vision tokens fewer experts here; else None.
+    """This layer's place if the forward under way gives its tokens fewer experts here; else None.
 
     Another plan, which is not this forward's, may have put the patch there.
     """

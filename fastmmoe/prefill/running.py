@@ -25,6 +25,7 @@ class Call:
         entered: the innermost module that the call has come to.
         back: how many tokens the asking token lies in front of a sample's last token.
         vision: the vision mask of the multimodal model that the call is in.
+        special: where its tokens that are neither text nor vision stand, if the plan asks for them.
         held: the plan is kept on until the call ends.
     """
 
@@ -35,6 +36,7 @@ class Call:
     entered: int = -1
     back: int = 0
     vision: torch.Tensor | None = None
+    special: torch.Tensor | None = None
     held: bool = False
 
 

@@ -54,6 +54,13 @@ class Segment:
         return cls(pruned.valid, pruned.layout.is_full, pruned.layout, pruned.index, pruned.merged, packing)
 
     @property
+    def vision_rows(self) -> torch.Tensor | None:
+        """bool [rows, tokens per row], vision tokens as the layers see them; None in a forward without."""
+        if self.layout is None:
+            return None
+        return self.layout.vision_mask if self.packing is None else self.packing.pack(self.layout.vision_mask)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and tokens per row, as the layers see them."""
         return tuple(self.valid.shape) if self.packing is None else (1, self.packing.tokens)
@@ -103,10 +110,12 @@ class ForwardPass:
         injected: (bool [B, n], features [V, H] of those tokens per layer), what is added to vision tokens behind the
             first layers; None: nothing. In front of the first prune layer the stock model adds it.
         stage: the prune layer under way, if it has tokens to prune.
+        special: bool [B, n], tokens of the forward's rows that are neither text nor vision; None: there are none.
+        stock_experts: all tokens take the model's own experts.
         probing: a gate is asked for its probabilities: it does not choose experts.
         token: by which places are marked whose gate and experts ran.
-        chosen_at, chosen_ids, num_experts: where a gate last gave vision tokens fewer experts, which [T, K], and of how
-            many. Of other ids that come to the experts, from somebody behind the gate, nothing is known.
+        chosen_at, chosen_ids, num_experts: where a gate last gave tokens fewer experts, which [T, K], and of how many.
+            Of other ids that come to the experts, from somebody behind the gate, nothing is known.
     """
 
     installation: "Installation"
@@ -121,6 +130,8 @@ class ForwardPass:
     prompt: torch.Tensor | None = None
     injected: tuple[torch.Tensor, list[torch.Tensor]] | None = None
     stage: Stage | None = None
+    special: torch.Tensor | None = None
+    stock_experts: bool = False
     probing: bool = False
     token: Token = field(default_factory=Token)
     chosen_at: Place | None = None
@@ -134,13 +145,17 @@ class ForwardPass:
 
     @property
     def reduces(self) -> bool:
-        """Whether gates give its vision tokens fewer experts."""
-        return self.has_vision and not self.probing
+        """Whether gates give its tokens fewer experts."""
+        if self.probing or self.stock_experts:
+            return False
+        return self.has_vision or self.plan.config.reduces_text
 
     def chose(self, place: Place, output: tuple) -> tuple:
-        """A gate returns this output (logits [T, E], weights, ids [T, K]): vision tokens have fewer experts in it."""
+        """A gate returns this output (logits [T, E], weights, ids [T, K]): tokens have fewer experts in it."""
         self.chosen_at, self.num_experts, self.chosen_ids = place, output[0].shape[-1], output[2]
         place.gate = self.token
+        if place.choice.skip_below is not None and self.has_vision:
+            place.chosen = self.token, output[2]
         return output
 
     def segment(self, number: int) -> Segment:
@@ -171,11 +186,13 @@ class ForwardPass:
         keys = self.key_count(number)
         return torch.arange(keys - self.segment(number).valid.shape[1], keys, device=device).unsqueeze(0)
 
-    def active_pairs(self, top_k: int) -> int:
-        """How many pairs of a token and an expert the last segment has, vision tokens taking fewer."""
+    def active_pairs(self, top_k: int, vision_top_k: int) -> int:
+        """How many pairs of a token and an expert the last segment has at most, vision tokens taking fewer."""
         layout = self.segments[-1].layout
+        if layout is None:
+            return self.num_tokens * top_k
         n_vision = sum(layout.n_vision)
-        return (sum(layout.lengths) - n_vision) * top_k + n_vision * self.plan.config.vision_top_k
+        return (sum(layout.lengths) - n_vision) * top_k + n_vision * vision_top_k
 
     def inject(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Add to what has left a layer [rows, n', H] the features of the vision tokens that are left.
@@ -192,17 +209,27 @@ class ForwardPass:
             row = self._gather(row, number, 1)
         return hidden + features[row.clamp_min(0)].masked_fill(~mask.unsqueeze(-1), 0.0)
 
-    def token_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(vision tokens, padding or None without any) of the last segment, bool [T] each over all samples' tokens."""
-        segment = self.segments[-1]
-        key = ("tokens", len(self.segments), device)
+    @property
+    def num_tokens(self) -> int:
+        """Of the last segment, over all rows, padding included."""
+        rows, tokens = self.segments[-1].shape
+        return rows * tokens
+
+    def token_masks(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """The masks that `topk_routing` takes of the last segment, bool [T] each over all rows, None without such."""
+        segment, number = self.segments[-1], len(self.segments) - 1
+        key = ("tokens", number, device)
         if key not in self._memo:
-            vision = segment.layout.vision_mask
-            if segment.packing is not None:
-                self._memo[key] = segment.packing.pack(vision).flatten().to(device), None
-            else:
-                padding = None if segment.is_full else ~segment.valid.flatten().to(device)
-                self._memo[key] = vision.flatten().to(device), padding
+            vision, special = segment.vision_rows, self.special
+            if special is not None:
+                special = special if segment.index is None else self._gather(special, number, 1)
+                special = special.to(device).flatten()
+            if vision is not None:
+                vision = vision.to(device).flatten()
+                special = None if special is None else special & ~vision
+            has_padding = segment.packing is None and not segment.is_full
+            padding = ~segment.valid.to(device).flatten() if has_padding else None
+            self._memo[key] = dict(vision_mask=vision, padding_mask=padding, exempt_mask=special)
         return self._memo[key]
 
     def key_count(self, number: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from fastmmoe.families.kinds import CHUNKED, FULL, SLIDING, layer_kinds
 from fastmmoe.prefill.attention import register_capture
 from fastmmoe.prefill.cache import CACHE, CacheState, cache_in, check_lengths, forget, state_of
-from fastmmoe.prefill.entry import EntryPatch
+from fastmmoe.prefill.entry import EntryPatch, special_tokens
 from fastmmoe.prefill.masks import CallerMask
 from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout, read_positioned_layout
 from fastmmoe.prefill.plan import Plan
@@ -57,12 +57,14 @@ class TextPatch(EntryPatch):
         state = state_of(cache)
         if state is None and cache is not None and plan is not None and plan.stages:
             check_lengths(cache, plan.first_stage)
-        if plan is None or (vision is None and layout is None and state is None):
-            self._warn_of_embeddings(call, inputs)
+        if plan is None:
             return None
+        if vision is None and layout is None and state is None:
+            if self._hides_vision(call, inputs) or not plan.config.reduces_text:
+                return None
         self._check_inputs(plan, inputs)
         if inputs.get("cu_seq_lens_q") is not None:
-            return self._packed(plan, inputs, vision, layout)
+            return self._packed(call, inputs, vision, layout)
         if layout is not None:
             return self._fixed(call, inputs, cache, state, layout)
         batch, n, device = _shape(inputs)
@@ -74,7 +76,7 @@ class TextPatch(EntryPatch):
             self._check_state(plan, state, batch)
             if past < state.length:
                 state.crop_to(past)
-        mask = CallerMask.of(inputs.get("attention_mask"), past, n, batch)
+        mask, skips = CallerMask.of(inputs.get("attention_mask"), past, n, batch), False
         if vision is not None:
             packed = False
             if mask.pairs is not None and plan.stages:
@@ -89,16 +91,40 @@ class TextPatch(EntryPatch):
                 self._check_packable(plan)
             if mask.pairs is not None and plan.stages:
                 self._check_pairs()
-            if not _skips(plan, layout) and (any(layout.n_vision) or state is not None):
+            skips = _skips(plan, layout)
+            if not skips and (any(layout.n_vision) or state is not None):
                 return self._prefill(call, inputs, layout, cache, past, state, mask, packed)
-        if state is None:
-            return None
-        if mask.pairs is not None and set(layer_kinds(self.module.config)) - {FULL}:
+        if state is not None and mask.pairs is not None and set(layer_kinds(self.module.config)) - {FULL}:
             mask = self._keys_of(mask, past)
+        return self._without_vision(call, inputs, cache, past, state, mask, skips)
+
+    def _without_vision(
+        self,
+        call: Call,
+        inputs: dict[str, Any],
+        cache: Any,
+        past: int,
+        state: CacheState | None,
+        mask: CallerMask,
+        skips: bool = False,
+    ) -> ForwardPass | None:
+        """A forward that prunes nothing; `skips`: it has vision tokens, but too few to reduce anything."""
+        if state is None and (skips or not call.plan.config.reduces_text):
+            return None
+        batch, n, device = _shape(inputs)
         valid = torch.ones(batch, n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
         # one token per sample is a decode step; it would not be decoded if it were padding
         segment = Segment(valid, n == 1 or mask.valid is None)
-        return ForwardPass(self.installation, plan, self.module.config, [segment], cache, past, state, mask)
+        forward = ForwardPass(self.installation, call.plan, self.module.config, [segment], cache, past, state, mask)
+        forward.special, forward.stock_experts = self._special(call, inputs), skips
+        return forward
+
+    def _special(self, call: Call, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Where the forward's tokens that are neither text nor vision stand, bool [B, n]."""
+        special = call.special
+        if special is None or tuple(special.shape) != _shape(inputs)[:2]:
+            special = special_tokens(call, self.module, inputs)
+        return special
 
     def _may_hold_samples(self, inputs: dict[str, Any]) -> bool:
         """Whether transformers takes a row for several samples where its position ids begin anew."""
@@ -110,9 +136,10 @@ class TextPatch(EntryPatch):
         return positions.dim() == 2 and positions.shape[0] == 1
 
     def _packed(
-        self, plan: Plan, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None
+        self, call: Call, inputs: dict[str, Any], vision: torch.Tensor | None, layout: VisionLayout | None
     ) -> ForwardPass | None:
         """A forward over one row of samples, see `fastmmoe.pack_batch`."""
+        plan = call.plan
         if layout is not None:
             raise ValueError("cu_seq_lens_q: packed batches are not supported within fixed_layout")
         self._check_packable(plan)
@@ -133,11 +160,11 @@ class TextPatch(EntryPatch):
         if mask is not None:
             raise ValueError("attention_mask: expected None with cu_seq_lens_q, got one")
         layout = read_packed_layout(vision, inputs["cu_seq_lens_q"])
-        if not any(layout.n_vision) or _skips(plan, layout):
-            return None
-        # of a row, the last logits are those of its last sample: no candidates
-        call = Call(self.installation, plan, False)
-        return self._prefill(call, inputs, layout, None, 0, None, CallerMask(None, None, None), packed=True)
+        whole = CallerMask(None, None, None)
+        skips = _skips(plan, layout)
+        if skips or not any(layout.n_vision):
+            return self._without_vision(call, inputs, None, 0, None, whole, skips)
+        return self._prefill(call, inputs, layout, None, 0, None, whole, packed=True)
 
     def _fixed(
         self, call: Call, inputs: dict[str, Any], cache: Any, state: CacheState | None, layout: VisionLayout
@@ -153,9 +180,9 @@ class TextPatch(EntryPatch):
             raise ValueError(f"{CACHE}: expected an empty cache within fixed_layout, got one of a prefill")
         if not layout.is_full and inputs.get("attention_mask") is None:
             raise ValueError("attention_mask: expected one for a layout with padding, got None")
-        if not any(layout.n_vision):
-            return None
         mask = CallerMask.of(inputs.get("attention_mask"), 0, n, batch)
+        if not any(layout.n_vision):
+            return self._without_vision(call, inputs, cache, 0, None, mask)
         if mask.pairs is not None and call.plan.stages:
             raise ValueError("attention_mask: expected a 2D mask within fixed_layout where tokens are pruned, got 4D")
         leave_out_full_masks()
@@ -178,9 +205,11 @@ class TextPatch(EntryPatch):
         if plan.stages:
             _check_prompt_ends(layout)
             register_capture(self.module.config._attn_implementation)
+        # of a packed row, the last logits are those of its last sample: no candidates
         back = call.back if call.back < min(layout.tails) and not packed else 0
         segment = Segment.from_layout(layout, packed)
         forward = ForwardPass(self.installation, plan, self.module.config, [segment], cache, past, state, mask, back)
+        forward.special = self._special(call, inputs)
 
         def embeddings() -> torch.Tensor:
             row = inputs.get("inputs_embeds")
@@ -200,17 +229,20 @@ class TextPatch(EntryPatch):
         if forward is None:
             return output
         plan = forward.plan
-        if forward.has_vision:
+        if forward.has_vision or forward.reduces:
             mine, places = forward.token, [plan.places[number] for number in plan.reduced]
             done = {
-                "prune layers": (len(forward.segments) - 1, len(plan.stages)),
+                "prune layers": (len(forward.segments) - 1, len(plan.stages) if forward.has_vision else 0),
                 "gates": (sum(place.gate.marks(mine) for place in places), len(places)),
                 "experts": (sum(place.experts.marks(mine) for place in places), len(places)),
             }
             if any(ran != wanted for ran, wanted in done.values()):
                 what = ", ".join(f"{ran} of {wanted} {kind}" for kind, (ran, wanted) in done.items())
                 raise RuntimeError(NO_EFFECT.format(what))
+        if forward.has_vision:
             plan.last, plan.skipped = list(forward.segments), False
+            chosen = ((number, plan.places[number].chosen) for number in plan.reduced)
+            plan.chosen = {number: last[1] for number, last in chosen if last and last[0] is forward.token}
         forward.remember()
         if not forward.has_vision or forward.segments[-1].index is None:
             return output
@@ -292,16 +324,18 @@ class TextPatch(EntryPatch):
                 f"{CACHE}: holds pruned vision tokens of {state.batch_size} samples, got a batch of {batch}"
             )
 
-    def _warn_of_embeddings(self, call: Call, inputs: dict[str, Any]) -> None:
-        """Say that a prompt of embeddings runs on the stock model: nothing tells which of them are vision tokens."""
-        if call.plan is None or not call.by_embeddings or _shape(inputs)[1] == 1:
-            return
+    @staticmethod
+    def _hides_vision(call: Call, inputs: dict[str, Any]) -> bool:
+        """Whether a prompt of embeddings does not tell which are vision tokens; warns if that matters."""
+        if not call.by_embeddings or _shape(inputs)[1] == 1:
+            return False
         if call.plan.stages or call.plan.reduced:
             warnings.warn(
                 "fastmmoe: a forward with inputs_embeds and no vision features runs on the stock model: it is not "
                 "known which of its tokens are vision tokens; say it with fastmmoe.fixed_layout(model, layout)",
                 stacklevel=4,
             )
+        return True
 
 
 def _text_positions(inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -315,7 +349,7 @@ def _skips(plan: Plan, layout: VisionLayout) -> bool:
     """Whether a forward has too few vision tokens to gain anything; the report is told."""
     if not 0 < sum(layout.n_vision) < plan.config.min_vision_tokens:
         return False
-    plan.last, plan.skipped = [Segment.from_layout(layout)], True
+    plan.last, plan.skipped, plan.chosen = [Segment.from_layout(layout)], True, {}
     return True
 
 

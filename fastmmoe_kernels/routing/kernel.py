@@ -196,9 +196,9 @@ def topk_routing_kernel(
     inside = in_rows[:, None] & (expert < E)
     z = tl.load(logits_ptr + row[:, None] * stride_token + expert * stride_expert, mask=inside, other=0.0)
     _route(
-        z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr,
-        scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING, SKIPS, HAS_EXEMPT, HAS_BIAS,
-        STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+        z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, bias_ptr, ids_ptr, weights_ptr,
+        probs_ptr, scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING, SKIPS, HAS_EXEMPT,
+        HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
     )  # fmt: skip
 
 

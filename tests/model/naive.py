@@ -32,6 +32,8 @@ class Settings:
     strategy: str = "hybrid"
     merge_method: str = "mlerp"
     keep_by: str = "importance"
+    thresholds: tuple[float, float] = (0.0, 0.0)  # of text and vision: lighter experts are skipped
+    importances: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # of layers, likewise
 
 
 @dataclass(frozen=True)

@@ -154,12 +154,15 @@ def run_whole(
     logits, end = [output.logits[0]], n
     for count in stretches[1:]:
         end += count
-        # as a user goes on: some models take more than the new tokens, and `generate` knows which
-        step = model.generate(
-            **{name: inputs[name][:, :end] for name in per_token},
-            past_key_values=output.past_key_values, max_new_tokens=1, do_sample=False, output_logits=True,
-            return_dict_in_generate=True,
-        )  # fmt: skip
+        with ExitStack() as stack:
+            for number, layer in enumerate(model.get_submodule(parts.text).layers):
+                stack.enter_context(_fewer_experts(_gate(layer, parts), parts, settings, number, [False] * count))
+            # as a user goes on: some models take more than the new tokens, and `generate` knows which
+            step = model.generate(
+                **{name: inputs[name][:, :end] for name in per_token},
+                past_key_values=output.past_key_values, max_new_tokens=1, do_sample=False, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
         logits.append(step.logits[0])
     return logits
 
@@ -248,8 +251,10 @@ class _fewer_experts:
     """While a layer runs, its gate gives some tokens fewer experts; empty slots have weight 0."""
 
     def __init__(self, gate: nn.Module | None, parts: Parts, settings: Settings, number: int, flags: list[bool]):
-        on = settings.vision_top_k is not None and number >= settings.reduction_layer and any(flags)
+        self.reduces = settings.vision_top_k is not None and number >= settings.reduction_layer and any(flags)
+        on = self.reduces or any(settings.thresholds)
         self.gate, self.parts, self.settings, self.flags = gate if on else None, parts, settings, flags
+        self.number = number
 
     def __enter__(self) -> _fewer_experts:
         if self.gate is not None:
@@ -261,9 +266,21 @@ class _fewer_experts:
             del self.gate.forward
 
     def _choose(self, hidden: Tensor, *args: Any) -> tuple:
+        logits, weights, ids = type(self.gate).forward(self.gate, hidden, *args)
+        rows = [True] * len(weights) if self.parts.vision_gate else self.flags
+        if self.reduces:
+            weights, ids = self._fewer(hidden, args, weights, ids, torch.tensor(rows).unsqueeze(1))
+        if any(self.settings.thresholds):
+            shares = weights.double() / getattr(self.gate, "routed_scaling_factor", 1.0)
+            matters = [self.settings.importances[is_vision][self.number] for is_vision in rows]
+            least = [self.settings.thresholds[is_vision] for is_vision in rows]
+            keeps = [[share * by >= tau for share in token.tolist()] for token, by, tau in zip(shares, matters, least)]
+            weights = weights * torch.tensor(keeps)
+        return logits, weights, ids
+
+    def _fewer(self, hidden: Tensor, args: tuple, weights: Tensor, ids: Tensor, is_vision: Tensor) -> tuple:
         gate, few = self.gate, self.settings.vision_top_k
         stock = type(gate).forward
-        logits, weights, ids = stock(gate, hidden, *args)
         top_k = weights.shape[1]
         self.parts.top_k(gate, few)
         _, fewer, those = stock(gate, hidden, *args)
@@ -272,9 +289,7 @@ class _fewer_experts:
             fewer = fewer * (weights.sum(1, keepdim=True) / fewer.sum(1, keepdim=True))
         empty = (len(fewer), top_k - few)
         fewer, those = torch.cat((fewer, fewer.new_zeros(empty)), 1), torch.cat((those, those.new_zeros(empty)), 1)
-        rows = [True] * len(weights) if self.parts.vision_gate else self.flags
-        is_vision = torch.tensor(rows).unsqueeze(1)
-        return logits, torch.where(is_vision, fewer, weights), torch.where(is_vision, those, ids)
+        return torch.where(is_vision, fewer, weights), torch.where(is_vision, those, ids)
 
 
 def _pruned(

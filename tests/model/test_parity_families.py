@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastmmoe
-from fastmmoe import FastMMoEConfig, SparseVLMConfig
+from fastmmoe import FastMMoEConfig, MoDESConfig, SparseVLMConfig
 from fastmmoe.families import find_text_model
 
 from . import naive_loop, tiny_families
@@ -40,7 +40,26 @@ def extended(inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, to
 def settings_of(config: FastMMoEConfig) -> Settings:
     names = ("vision_top_k", "reduction_layer", "prune_layers", "stage_keep_ratios", "merge_ratio", "window", "alpha",
              "strategy", "merge_method")  # fmt: skip
-    return Settings(**{name: getattr(config, name) for name in names})
+    settings = Settings(**{name: getattr(config, name) for name in names})
+    if isinstance(config, MoDESConfig):
+        thresholds = config.text_threshold, config.vision_threshold
+        settings = replace(settings, thresholds=thresholds,
+                           importances=(config.text_importance, config.vision_importance))  # fmt: skip
+    return settings
+
+
+def skipping(name: str, **others) -> MoDESConfig:
+    """About half of the experts, by other importances in every layer."""
+    loop = LOOPS[name]
+    layers = find_text_model(samples(name)[0])[1].config.num_hidden_layers
+    by = 1.0 if loop.parts.normalised else 0.5
+    return MoDESConfig(
+        text_threshold=0.0 if loop.parts.vision_gate else 0.23 * by,
+        vision_threshold=0.25 * by,
+        text_importance=tuple(1.1 - 0.1 * (layer % 3) for layer in range(layers)),
+        vision_importance=tuple(0.9 + 0.1 * (layer % 4) for layer in range(layers)),
+        **others,
+    )
 
 
 def configs(name: str) -> dict[str, FastMMoEConfig]:
@@ -51,6 +70,10 @@ def configs(name: str) -> dict[str, FastMMoEConfig]:
         prune = dict(prune_layers=loop.prune_layers, keep_ratios=(0.7, 0.6)[: len(loop.prune_layers)])
         found["pruning"] = FastMMoEConfig(**prune, merge_ratio=0.0)
         found["merging"] = FastMMoEConfig(**prune, merge_ratio=0.4, **(experts if loop.experts else {}))
+        if loop.experts:
+            found["skipping and pruning"] = skipping(name, **prune, vision_top_k=3, reduction_layer=2)
+    if loop.experts:
+        found["skipping"] = skipping(name)
     return found
 
 
@@ -123,7 +146,9 @@ def compare(
     stock = model(**batch).logits
     with fastmmoe.enabled(model, config):
         prompt = model(**placed).logits
-        lengths = fastmmoe.report(model).tokens_per_layer
+        report = fastmmoe.report(model)
+        lengths = report.tokens_per_layer
+        assert 0.05 < report.experts_skipped < 0.95 or not isinstance(config, MoDESConfig)
         first = model.generate(**batch, **generate)
         ids = torch.cat((first.sequences, turn), 1)
         answer = ids[:, shape[1] :]
