@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from fastmmoe.config import ReductionConfig
@@ -14,6 +13,7 @@ from fastmmoe.cost.prefill_time import TimeReport, prefill_time
 from fastmmoe.families import Architecture, architecture_of
 from fastmmoe.methods import FastMMoEConfig
 from fastmmoe.prefill.installation import installation_of, plan_in_force
+from fastmmoe.prefill.plan import Plan
 from fastmmoe.prefill.sequence import Segment
 
 KEPT, MERGED, DROPPED, GONE = range(4)  # values of StageReport.fate
@@ -165,11 +165,8 @@ def report(model: nn.Module) -> PrefillReport:
     prune_layers = config.prune_layers
     # other methods have no windows: what they merge is told by the token it stands at alone
     window = getattr(config, "window", 1)
-    # the MoE of a layer that is pruned behind still has all tokens
-    shortened = [layer + config.prunes_behind_layer for layer in prune_layers]
-    stretches = [sum(first <= layer for first in shortened) for layer in range(text_config.num_hidden_layers)]
-    seen = [segments[stretch] for stretch in stretches]
-    pairs = {layer: _pairs(ids, seen[layer], architecture.num_experts) for layer, ids in plan.chosen.items()}
+    seen = [_segment(plan, layer) for layer in range(text_config.num_hidden_layers)]
+    pairs = expert_pairs(plan, architecture)
     return PrefillReport(
         n_text=n_text,
         n_vision=layout.n_vision,
@@ -192,13 +189,25 @@ def report(model: nn.Module) -> PrefillReport:
     )
 
 
-def _pairs(ids: torch.Tensor, segment: Segment, num_experts: int) -> tuple[int, int]:
-    """Pairs of text and of vision tokens that a gate chose, int [T, K], over the rows of a segment."""
-    active = (ids < num_experts).sum(-1)
-    # a gate of vision tokens alone
-    vision = segment.vision_rows.flatten().to(ids.device) if len(ids) == segment.vision_rows.numel() else active >= 0
-    n_vision = int(active[vision].sum())
-    return int(active.sum()) - n_vision, n_vision
+def expert_pairs(plan: Plan, architecture: Architecture) -> dict[int, tuple[int, int]]:
+    """Layer -> pairs of text and of vision tokens with an expert in the last prefill, where the gates alone know."""
+    found = {}
+    for layer, ids in plan.chosen.items():
+        segment = _segment(plan, layer)
+        active, vision = (ids < architecture.num_experts).sum(-1), segment.vision_rows.flatten().to(ids.device)
+        if len(ids) == len(vision):
+            n_vision = int(active[vision].sum())
+            found[layer] = int(active.sum()) - n_vision, n_vision
+        else:  # a gate of vision tokens alone
+            n_text = sum(segment.layout.lengths) - sum(segment.layout.n_vision)
+            found[layer] = n_text * architecture.num_experts_per_tok, int(active.sum())
+    return found
+
+
+def _segment(plan: Plan, layer: int) -> Segment:
+    """What a layer's MoE saw of the last prefill; behind a layer that is pruned behind, the next one's."""
+    config = FastMMoEConfig() if plan.skipped else plan.config
+    return plan.last[sum(first + config.prunes_behind_layer <= layer for first in config.prune_layers)]
 
 
 def _stages(segments: list[Segment], layers: tuple[int, ...], window: int) -> tuple[StageReport, ...]:

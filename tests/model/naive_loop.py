@@ -271,11 +271,14 @@ class _fewer_experts:
         if self.reduces:
             weights, ids = self._fewer(hidden, args, weights, ids, torch.tensor(rows).unsqueeze(1))
         if any(self.settings.thresholds):
-            shares = weights.double() / getattr(self.gate, "routed_scaling_factor", 1.0)
+            # in front of what scales all weights, or those of single experts
+            scale = getattr(self.gate, "per_expert_scale", None)
+            scale = getattr(self.gate, "routed_scaling_factor", 1.0) if scale is None else scale[ids]
+            shares = weights.double() / scale
             matters = [self.settings.importances[is_vision][self.number] for is_vision in rows]
             least = [self.settings.thresholds[is_vision] for is_vision in rows]
-            keeps = [[share * by >= tau for share in token.tolist()] for token, by, tau in zip(shares, matters, least)]
-            weights = weights * torch.tensor(keeps)
+            rows = zip(shares.tolist(), matters, least, strict=True)
+            weights = weights * torch.tensor([[share * by >= tau for share in token] for token, by, tau in rows])
         return logits, weights, ids
 
     def _fewer(self, hidden: Tensor, args: tuple, weights: Tensor, ids: Tensor, is_vision: Tensor) -> tuple:

@@ -308,7 +308,7 @@ def test_a_mixer_by_hand():
 
 def test_vision_tokens_have_experts_of_their_own():
     layer = Layer(Mixer(weights=1), Mlp(weights=10, expert=100), Mlp(weights=10, expert=1000))
-    assert layer.flops(3, 5, 2, 4, 2) == 2 * (8 + 5 * 10 + 3 * 4 * 100 + 2 * 2 * 1000)
+    assert layer.flops([3], [5], 2, 12, 4) == 2 * (8 + 5 * 10 + 3 * 4 * 100 + 2 * 2 * 1000)
 
 
 def test_layers_of_every_kind_see_fewer_tokens_behind_a_prune_layer():
@@ -316,8 +316,8 @@ def test_layers_of_every_kind_see_fewer_tokens_behind_a_prune_layer():
     architecture = ARCHITECTURES["qwen3.5-35b-a3b"]
     report = flops(architecture, 10, 100, plan)
     for i in (4, 7):  # linear and full attention
-        assert report.per_layer[i].reduced == architecture.layers[i].flops(10, 50, 50, 8, 8)
-        assert report.per_layer[i].dense == architecture.layers[i].flops(10, 100, 100, 8, 8)
+        assert report.per_layer[i].reduced == architecture.layers[i].flops([10], [50], 50, 80, 400)
+        assert report.per_layer[i].dense == architecture.layers[i].flops([10], [100], 100, 80, 800)
     # one linear layer by hand: q and k of 16 heads, v, z and o of 32, two numbers per head, a convolution of 4
     weights = 2048 * (2 * 16 * 128 + 3 * 32 * 128 + 2 * 32) + 4 * (2 * 16 * 128 + 32 * 128)
     moe = 2048 * 256 + 9 * 3 * 2048 * 512 + 2048

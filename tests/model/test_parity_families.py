@@ -77,12 +77,15 @@ def configs(name: str) -> dict[str, FastMMoEConfig]:
     return found
 
 
+# where the loop itself is further from what it computes in float64 (6e-5)
+TOLERANCES = {("dots3_note", "skipping"): 1e-4}
 CASES = [pytest.param(name, kind, id=f"{name}-{kind}") for name in LOOPS for kind in configs(name)]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_forward_and_generate_equal_the_oracle(name, kind):
-    compare(*samples(name), configs(name)[kind], LOOPS[name])
+    loop = LOOPS[name]
+    compare(*samples(name), configs(name)[kind], replace(loop, tolerance=TOLERANCES.get((name, kind), loop.tolerance)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
