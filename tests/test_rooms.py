@@ -20,7 +20,7 @@ from model.methods import PARITY
 
 import fastmmoe
 from fastmmoe.families import ARCHITECTURES, FAMILIES, Family, find_preset, find_text_model, plain_name, text_config_of
-from fastmmoe.methods import METHODS, FastMMoEConfig
+from fastmmoe.methods import METHODS, FastMMoEConfig, MoDESConfig
 from fastmmoe.methods.entry import Place
 from fastmmoe.study import methods as study_methods
 
@@ -180,11 +180,20 @@ def family_pattern(words: set[str]) -> re.Pattern:
     return re.compile("|".join((rf"(?<![A-Za-z])(?i:{'|'.join(sorted(words))})", *in_camel_case)))
 
 
+WORDS = {"modes"}  # methods' names that are, in small letters, ordinary words
+# rooms of a method's own, beside its file
+METHOD_ROOMS = {MoDESConfig: ("fastmmoe.calibration", "fastmmoe.cli.calibrate")}
+
+
 def method_pattern(config: type) -> re.Pattern:
     """Finds a method's config, its module, and its name where that is no ordinary word: FastV, but not Random."""
     stem = config.__name__.removesuffix("Config")
-    names = {config.__name__, config.__module__} | ({stem} if sum(map(str.isupper, stem)) > 1 else set())
-    return re.compile(rf"(?<![a-z])(?i:{'|'.join(map(re.escape, sorted(names)))})\b")
+    names = [f"(?i:{re.escape(name)})" for name in (config.__name__, config.__module__)]
+    if stem.lower() in WORDS:
+        names.append(stem)
+    elif sum(map(str.isupper, stem)) > 1:
+        names.append(f"(?i:{stem})")
+    return re.compile(rf"(?<![A-Za-z])({'|'.join(names)})\b")
 
 
 def may_name(family: Family, module: str) -> bool:
@@ -214,7 +223,8 @@ def strangers(modules: Mapping[str, str]) -> list[str]:
         patterns = [family_pattern(words) for words in others if words]
         texts = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
         for config in METHODS[1:]:  # the first one's name is the package's
-            if module not in (config.__module__, "fastmmoe.methods", "fastmmoe"):
+            own = METHOD_ROOMS.get(config, ())
+            if module not in (config.__module__, "fastmmoe.methods", "fastmmoe") and not module.startswith(own):
                 patterns.append(method_pattern(config))
                 # elsewhere an ordinary word like "random" means itself
                 is_about_methods = room_of(module) in ("fastmmoe.study", "fastmmoe.cli")
@@ -337,7 +347,8 @@ def gaps_of_method(config: type) -> list[str]:
     names = [entry.name for entry in study_methods.entries()]
     if not entries or any(names.count(entry.name) != 1 for entry in entries):
         gaps.append("study: no entry, or one of another's name")
-    place = Place((5,), 0.5, {"vision_top_k": 4, "reduction_layer": 2}, 100, FastMMoEConfig())
+    found = (MoDESConfig(),)
+    place = Place((5,), 0.5, {"vision_top_k": 4, "reduction_layer": 2}, 100, FastMMoEConfig(), found)
     configs = [one for entry in entries for one in entry.configs(place)]
     for one in configs:
         counted = fastmmoe.flops(next(iter(ARCHITECTURES)), 100, 100, one)

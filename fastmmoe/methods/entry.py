@@ -19,6 +19,7 @@ class Place:
         experts: keywords `vision_top_k` and `reduction_layer`, or none for all experts.
         n_vision: vision tokens of every prompt; None where prompts differ.
         preset: FastMMoE's config for the model's family, at layers that fit.
+        calibrated: configs that were found for the model.
     """
 
     layers: tuple[int, ...]
@@ -26,6 +27,7 @@ class Place:
     experts: Mapping[str, Any]
     n_vision: int | None
     preset: ReductionConfig
+    calibrated: tuple[ReductionConfig, ...] = ()
 
 
 @dataclass(frozen=True)

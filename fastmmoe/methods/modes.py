@@ -1,12 +1,12 @@
 """MoDES (CVPR 2026, arXiv 2511.15690): a token skips the experts that matter little to it, in prefill and decoding."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastmmoe.config import ExpertChoice, checked, int_from, number_from, tuple_of
-from fastmmoe.methods.entry import Entry
+from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.fastmmoe import FastMMoEConfig
 
 
@@ -92,8 +92,15 @@ class MoDESConfig(FastMMoEConfig):
 
     @classmethod
     def study_entries(cls) -> tuple[Entry, ...]:
-        """None: it is calibrated for a model."""
-        return ()
+        """One entry, where it is calibrated for the model: the first calibration, pruned as FastMMoE does."""
+
+        def configs(place: Place) -> tuple[MoDESConfig, ...]:
+            found = [config for config in place.calibrated if isinstance(config, cls)][:1]
+            where = {"prune_layers": place.layers, "retention": place.retention, **place.experts}
+            settings = {name: getattr(place.preset, name) for name in ("merge_ratio", "window", "alpha", "strategy")}
+            return tuple(replace(config, **settings, **where) for config in found)
+
+        return (Entry("MoDES", "tab:cyan", configs),)
 
     def _of(self, modality: str) -> tuple[float, tuple[float, ...]]:
         return getattr(self, f"{modality}_threshold"), getattr(self, f"{modality}_importance")

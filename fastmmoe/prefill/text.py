@@ -159,8 +159,10 @@ class TextPatch(EntryPatch):
             )
         if mask is not None:
             raise ValueError("attention_mask: expected None with cu_seq_lens_q, got one")
-        layout = read_packed_layout(vision, inputs["cu_seq_lens_q"])
         whole = CallerMask(None, None, None)
+        if vision is None:
+            return self._without_vision(call, inputs, None, 0, None, whole)
+        layout = read_packed_layout(vision, inputs["cu_seq_lens_q"])
         skips = _skips(plan, layout)
         if skips or not any(layout.n_vision):
             return self._without_vision(call, inputs, None, 0, None, whole, skips)

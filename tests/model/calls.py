@@ -24,6 +24,7 @@ from . import tiny_families
 from .families import LOOPS, LoopFamily
 from .hostile.families import PLACEHOLDERS, is_per_token, prompt
 from .hostile.families import batch_of as padded
+from .methods import skipping
 from .tiny import FIRST_WORD, IMAGE_TOKEN, tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_batch, tiny_deepseek_vl2
 
@@ -146,6 +147,8 @@ def configs(family: str) -> dict[str, ReductionConfig]:
     if known.experts:
         found["experts"] = FastMMoEConfig(**fewer(2, 1))
         found["late experts"] = FastMMoEConfig(**fewer(1, depth - 2))
+        text = {} if known.parts.vision_gate else {"special_tokens": (7, 8)}
+        found["skipping"] = skipping(depth, **text, **({} if text else {"text_threshold": 0.0}))
     if not known.prune_layers:
         return found | {
             "above 30": FastMMoEConfig(**fewer(1), min_vision_tokens=many),
@@ -172,6 +175,7 @@ def configs(family: str) -> dict[str, ReductionConfig]:
         "adaptive": SparseVLMConfig(behind, rank_scale=1.0),
         "random": RandomConfig(**prune, seed=3),
         "uniform": UniformConfig(**prune, **fewer(2)),
+        **({"skipping and pruning": skipping(depth, **prune, **fewer(3), text_threshold=0.0)} if known.experts else {}),
     }
 
 

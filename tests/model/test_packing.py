@@ -9,6 +9,7 @@ from fastmmoe.methods import FastVConfig, SparseVLMConfig, UniformConfig
 from fastmmoe.prefill.packing import Packing, read_packed_layout
 from fastmmoe_kernels import VisionLayout
 
+from .methods import skipping
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_batch, tiny_deepseek_vl2
 
@@ -23,6 +24,7 @@ CONFIGS = {
     "fastv-mean": FastVConfig(layer=2, retention=0.5, query="mean"),
     "sparsevlm": SparseVLMConfig(layers=(1, 3), keep_ratios=(0.6, 0.6)),
     "uniform": UniformConfig(prune_layers=(1, 3), retention=0.4),
+    "skipping": skipping(special_tokens=tuple(range(20, 60)), **PRUNE),
 }
 IMAGES = {"mixed": (1, 3, 2), "a-sample-without": (2, 0, 1), "one": (2,), "equal": (1, 1)}
 

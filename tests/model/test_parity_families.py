@@ -15,6 +15,7 @@ from fastmmoe.families import find_text_model
 
 from . import naive_loop, tiny_families
 from .families import LOOPS, LoopFamily, padded, samples
+from .methods import skipping
 from .naive import Settings
 
 TURN = (41, 42, 43)
@@ -48,18 +49,12 @@ def settings_of(config: FastMMoEConfig) -> Settings:
     return settings
 
 
-def skipping(name: str, **others) -> MoDESConfig:
-    """About half of the experts, by other importances in every layer."""
-    loop = LOOPS[name]
-    layers = find_text_model(samples(name)[0])[1].config.num_hidden_layers
-    by = 1.0 if loop.parts.normalised else 0.5
-    return MoDESConfig(
-        text_threshold=0.0 if loop.parts.vision_gate else 0.23 * by,
-        vision_threshold=0.25 * by,
-        text_importance=tuple(1.1 - 0.1 * (layer % 3) for layer in range(layers)),
-        vision_importance=tuple(0.9 + 0.1 * (layer % 4) for layer in range(layers)),
-        **others,
-    )
+def skips(name: str, **others) -> MoDESConfig:
+    parts, text = LOOPS[name].parts, find_text_model(samples(name)[0])[1]
+    thresholds = dict(text_threshold=0.0) if parts.vision_gate else {}
+    if not parts.normalised:
+        thresholds |= dict(text_threshold=0.115, vision_threshold=0.125)
+    return skipping(text.config.num_hidden_layers, **thresholds, **others)
 
 
 def configs(name: str) -> dict[str, FastMMoEConfig]:
@@ -71,9 +66,9 @@ def configs(name: str) -> dict[str, FastMMoEConfig]:
         found["pruning"] = FastMMoEConfig(**prune, merge_ratio=0.0)
         found["merging"] = FastMMoEConfig(**prune, merge_ratio=0.4, **(experts if loop.experts else {}))
         if loop.experts:
-            found["skipping and pruning"] = skipping(name, **prune, vision_top_k=3, reduction_layer=2)
+            found["skipping and pruning"] = skips(name, **prune, vision_top_k=3, reduction_layer=2)
     if loop.experts:
-        found["skipping"] = skipping(name)
+        found["skipping"] = skips(name)
     return found
 
 

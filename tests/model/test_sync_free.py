@@ -19,6 +19,7 @@ from fastmmoe.prefill.cache import CACHE
 from fastmmoe_kernels import VisionLayout
 
 from .families import LOOPS, padded, samples
+from .methods import skipping
 from .tiny import IMAGE_TOKEN, tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_vl2
 
@@ -33,6 +34,8 @@ CONFIGS = {
     "sparsevlm": SparseVLMConfig((1, 3), counts=(12, 5)),
     "random": RandomConfig((1, 3), 0.4),
     "uniform": UniformConfig((1, 3), 0.4),
+    "skipping": skipping(special_tokens=(5, 6)),
+    "skipping-and-pruning": skipping(**BOTH),
 }
 MODELS = {
     "internvl": tiny_internvl,
