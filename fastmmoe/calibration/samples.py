@@ -68,7 +68,7 @@ def make_samples(
 
 @torch.inference_mode()
 def answer_log_probs(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
-    """What a model takes each of the answer's tokens for, given those in front of it: float32 [tokens, V]."""
+    """What a model takes each of the answer's tokens for, given those in front of it: float64 [tokens, V]."""
     inputs = sample.inputs | {"use_cache": False}
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         inputs["logits_to_keep"] = sample.answer + 1
@@ -77,12 +77,13 @@ def answer_log_probs(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
         told = fastmmoe.fixed_layout(model, VisionLayout.from_mask(sample.masks["vision"]))
     with told:
         logits = model(**inputs).logits[0, -sample.answer - 1 : -1]
-    return logits.float().log_softmax(-1)
+    # the divergences of most layers are small differences
+    return logits.double().log_softmax(-1)
 
 
 def divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
     """KL(dense || other), summed over tokens, of log-probabilities [tokens, V]; rounding makes it no less than 0."""
-    return float((dense.exp() * (dense - other)).sum(-1).clamp_min(0.0).double().sum())
+    return float((dense.exp() * (dense - other)).sum(-1).clamp_min(0.0).sum())
 
 
 def _extended(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str, torch.Tensor]:
