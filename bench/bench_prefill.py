@@ -28,6 +28,7 @@ from prefill_variants import (
     build_variants,
     check_parity,
     default_experts,
+    skipping_variants,
 )
 from provenance import provenance, write_json
 from report_prefill import print_report
@@ -58,14 +59,17 @@ def run_case(
     """Everything about one case."""
     samples = build_samples(runner.model, case)
     inputs = join(samples)
-    known = {}
+    known, pairs = {}, {}
     with tqdm(total=(rounds + 1) * len(variants), desc=str(case), unit="run") as progress:
         for name, variant in variants.items():
-            memory, saved = runner.inspect(variant, inputs)
+            memory, report = runner.inspect(variant, inputs)
             known[name] = {
                 "method": variant.method, "attention": variant.attention, "experts": variant.experts,
-                "flops_saved": saved, "peak_bytes": memory.peak, "left_bytes": memory.left,
+                "flops_saved": report.flops.saved if report else 0.0,
+                "experts_skipped": report.experts_skipped if report else 0.0,
+                "peak_bytes": memory.peak, "left_bytes": memory.left,
             }  # fmt: skip
+            pairs[name] = report.expert_pairs if report else {}
             progress.update()
 
         def measure(variant: Variant) -> dict[str, float]:
@@ -84,7 +88,10 @@ def run_case(
     }  # fmt: skip
     text = [case.text] * case.batch
     calculated = {
-        name: prefill_time(runner.model, text, case.vision_tokens, variant.config or FastMMoEConfig(), ceilings).reduced
+        name: prefill_time(
+            runner.model, text, case.vision_tokens, variant.config or FastMMoEConfig(), ceilings,
+            expert_pairs=pairs[name],
+        ).reduced
         for name, variant in variants.items()
     }
     add_model(result, calculated)
@@ -104,6 +111,7 @@ def main(
     tile_tokens: Annotated[int, typer.Option(help="Vision tokens per tile, a square number.")] = 256,
     text: Annotated[int, typer.Option(min=2, help="Text tokens per sample.")] = 64,
     retention: Annotated[float, typer.Option(help="Overall share of vision tokens kept.")] = 0.5,
+    skip: Annotated[list[float] | None, typer.Option(help="Shares of the experts to skip by need; repeat.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times each variant runs; medians count.")] = 7,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps after each prefill.")] = 4,
     budget: Annotated[float, typer.Option(help="Seconds; then no other round or case begins.")] = float("inf"),
@@ -126,7 +134,10 @@ def main(
     runner = Runner(build_model(SIZES[size], where, getattr(torch, dtype), tile_tokens))
     # of the grid's shortest prompts, one is enough
     shortest = Case((min(min(case.tiles) for case in cases),), text, tile_tokens)
-    parity = check_parity(runner, join(build_samples(runner.model, shortest)), attention[0], experts[0])
+    inputs = join(build_samples(runner.model, shortest))
+    parity = check_parity(runner, inputs, attention[0], experts[0])
+    for share in skip or []:
+        variants |= skipping_variants(runner, inputs, share, attention, experts[0])
     ceilings = measure_ceilings(where, getattr(torch, dtype))
     result = {
         "what": "prefill and decode of a random InternVL with a Qwen3-MoE language model", **provenance(where),

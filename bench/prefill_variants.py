@@ -12,7 +12,7 @@ from transformers import DynamicCache, InternVLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
 import fastmmoe
-from fastmmoe import FastMMoEConfig
+from fastmmoe import FastMMoEConfig, MoDESConfig, PrefillReport
 from fastmmoe.prefill.experts import fastmmoe_experts
 
 OURS = "fastmmoe"
@@ -29,7 +29,7 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        method: dense, experts only, prune only or both.
+        method: dense, experts only, prune only, both or skipping.
         attention: transformers' attention implementation.
         experts: transformers' experts implementation, for layers and steps where FastMMoE reduces nothing.
         config: what FastMMoE reduces; None: it is off.
@@ -76,6 +76,30 @@ def build_variants(size: Size, retention: float, attentions: list[str], experts:
         suffix = "" if attention == attentions[0] else f", {attention}"
         variants |= {name + suffix: variant for name, variant in found.items()}
     return variants
+
+
+def skipping_variants(
+    runner: "Runner", inputs: Inputs, share: float, attentions: list[str], experts: str
+) -> dict[str, Variant]:
+    """Variants that skip about this share of the experts, in prefill and in decoding.
+
+    All layers matter alike; one threshold, for text and vision, is found by bisection on `inputs`.
+    """
+    layers = runner.model.config.text_config.num_hidden_layers
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        least = (low + high) / 2
+        config = MoDESConfig(
+            text_threshold=least, vision_threshold=least, text_importance=(1.0,) * layers,
+            vision_importance=(1.0,) * layers,
+        )  # fmt: skip
+        enough = runner.skipped(Variant("skipping", attentions[0], experts, config), inputs) >= share
+        low, high = (low, least) if enough else (least, high)
+    found = {attention: Variant("skipping", attention, experts, config) for attention in attentions}
+    return {
+        f"skip {share:.0%}" + ("" if attention == attentions[0] else f", {attention}"): variant
+        for attention, variant in found.items()
+    }
 
 
 class Runner:
@@ -142,13 +166,19 @@ class Runner:
             self._wait()
             return time.perf_counter() - start
 
-    def inspect(self, variant: Variant, inputs: Inputs) -> tuple[Memory, float]:
-        """A prefill's memory and the share of FLOPs it saved. Warms up, decoding included."""
+    def inspect(self, variant: Variant, inputs: Inputs) -> tuple[Memory, PrefillReport | None]:
+        """A prefill's memory and, of a reduced one, what it did. Warms up, decoding included."""
         with self._as(variant):
             memory, (token, cache) = measure_memory(lambda: self._prefill(inputs), self.model.device)
-            saved = fastmmoe.report(self.model).flops.saved if variant.config is not None else 0.0
+            report = fastmmoe.report(self.model) if variant.config is not None else None
             self._decode(variant, inputs, token, cache, steps=1)
-        return memory, saved
+        return memory, report
+
+    def skipped(self, variant: Variant, inputs: Inputs) -> float:
+        """The share of the experts that a prefill skips by need."""
+        with self._as(variant):
+            self._prefill(inputs)
+            return fastmmoe.report(self.model).experts_skipped
 
     def logits(self, variant: Variant, inputs: Inputs) -> torch.Tensor:
         """The first token's, float32 [B, vocabulary]."""

@@ -135,6 +135,7 @@ void fastmmoe_ref_gate_logits(const double* hidden, const double* weight, const 
 
 // logits [T, E]; vision_mask, padding_mask [T]; correction_bias [E] or null; group_best 1 to E / n_group.
 // skip_below [2] or null: the least weights of text and of vision tokens, before the scaling factor; exempt_mask [T].
+// vision_experts [E] or null: those that a vision token may choose; where they are too few, slots stay unused.
 // A padding token activates no expert, a vision token vision_top_k, any other top_k. Of these, a token that is not
 // exempt skips those whose weight is below its least one; what it keeps keeps its weight.
 // -> ids [T, top_k] by falling selection score, weights [T, top_k], probs [T, E]; unused slots: id E, weight 0.
@@ -142,7 +143,7 @@ void fastmmoe_ref_gate_logits(const double* hidden, const double* weight, const 
 //    against rejected groups), order_gap (neighbours among the chosen), skip_gap (weights against the least one, as a
 //    share of the larger of the two); infinite where there is nothing to confuse.
 void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask, const uint8_t* padding_mask,
-                               const double* skip_below, const uint8_t* exempt_mask,
+                               const double* skip_below, const uint8_t* exempt_mask, const uint8_t* vision_experts,
                                const double* correction_bias, int64_t T, int64_t E, int64_t top_k,
                                int64_t vision_top_k, int32_t scoring, int32_t norm_topk_prob, int64_t n_group,
                                int64_t topk_group, int64_t group_best, double routed_scaling_factor,
@@ -175,12 +176,19 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
                 if (chosen[e / (E / n_group)]) eligible.push_back(e);
         }
 
-        const int64_t active = vision_mask[t] ? vision_top_k : top_k;
-        const Choice selected = take_largest(eligible, s, active);
         const Choice original = take_largest(eligible, s, top_k);  // what the pretrained model would have chosen
+        const bool restricted = vision_mask[t] && vision_experts != nullptr;
+        if (restricted) {
+            std::vector<int64_t> allowed;
+            for (int64_t e : eligible)
+                if (vision_experts[e]) allowed.push_back(e);
+            eligible = allowed;
+        }
+        const Choice selected = take_largest(eligible, s, vision_mask[t] ? vision_top_k : top_k);
+        const int64_t active = static_cast<int64_t>(selected.taken.size());
 
         // what gives the weights the sum that they shall have, before the scaling factor.
-        const bool rescale = !norm_topk_prob && renormalize && active < top_k;
+        const bool rescale = !norm_topk_prob && renormalize && (active < top_k || restricted);
         const double sum = std::max(sum_over(selected.taken, p), 1e-20);  // probabilities that are all zero stay zero
         double scale = 1.0;
         if (norm_topk_prob) scale = 1.0 / sum;
@@ -204,6 +212,23 @@ void fastmmoe_ref_topk_routing(const double* logits, const uint8_t* vision_mask,
         for (int64_t k = 1; k < active; ++k)
             order_gap[t] = std::min(order_gap[t], gap_between(s[selected.taken[k - 1]], s[selected.taken[k]]));
     }
+}
+
+// ids [T, K] of experts that tokens chose (others than 0 to E - 1 are none), with weights [T, K]; vision_mask [T].
+// -> chosen [E]: the `budget` experts with the largest demand, which is the sum of weight^8 over the vision tokens that
+//    chose them; equal ones: the lower id. gap: the last one's demand over that of the best one that is not chosen.
+void fastmmoe_ref_choose_experts(const int32_t* ids, const double* weights, const uint8_t* vision_mask, int64_t T,
+                                 int64_t K, int64_t E, int64_t budget, uint8_t* chosen, double* gap) {
+    std::vector<double> demand(E, 0.0);
+    for (int64_t t = 0; t < T; ++t)
+        for (int64_t k = 0; k < K; ++k)
+            if (vision_mask[t] && ids[t * K + k] >= 0 && ids[t * K + k] < E)
+                demand[ids[t * K + k]] += std::pow(weights[t * K + k], 8);
+    const Choice best = take_largest(first_integers(E), demand, budget);
+    std::fill(chosen, chosen + E, 0);
+    for (int64_t e : best.taken) chosen[e] = 1;
+    const double last = demand[best.taken.back()];
+    *gap = std::isinf(best.margin) ? INF : best.margin / std::max(last, 1e-300);
 }
 
 }  // extern "C"

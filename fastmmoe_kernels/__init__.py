@@ -1,6 +1,7 @@
 """FastMMoE's operations: tensors in, tensors out. No model knowledge; importing needs neither a GPU nor Triton."""
 
 from fastmmoe_kernels.attention import last_query_attention
+from fastmmoe_kernels.budget import choose_experts
 from fastmmoe_kernels.experts import moe_experts
 from fastmmoe_kernels.layout import PrunePlan, VisionLayout, prune_plan
 from fastmmoe_kernels.prune import PrunedBatch, PruneOutput, prune_batch, prune_tokens
@@ -14,6 +15,7 @@ __all__ = [
     "PrunedBatch",
     "RoutingOutput",
     "VisionLayout",
+    "choose_experts",
     "gate_routing",
     "last_query_attention",
     "moe_experts",

@@ -68,6 +68,7 @@ def route(
     vision_top_k: int | None = None,
     skip_below: ArrayLike | None = None,
     exempt_mask: ArrayLike | None = None,
+    vision_experts: ArrayLike | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     correction_bias: ArrayLike | None = None,
@@ -80,8 +81,8 @@ def route(
     """Routes tokens by logits [T, E]; tokens of vision_mask [T] get `vision_top_k` experts (None: `top_k`).
 
     Tokens of padding_mask [T] get none. Weights under skip_below [2], of text and of vision tokens, are skipped but in
-    tokens of exempt_mask [T]. A group's score is the sum of its `group_best` best experts' (None: of two with
-    a correction bias, of one without).
+    tokens of exempt_mask [T]; vision tokens choose among vision_experts [E]. A group's score is the sum of its
+    `group_best` best experts' (None: of two with a correction bias, of one without).
     """
     logits = _floats(logits, "logits", (None, None))
     T, E = logits.shape
@@ -89,6 +90,7 @@ def route(
     mask = _mask(vision_mask, "vision_mask", (T,), default=False)
     padding = _mask(padding_mask, "padding_mask", (T,), default=False)
     exempt = _mask(exempt_mask, "exempt_mask", (T,), default=False)
+    allowed = None if vision_experts is None else _mask(vision_experts, "vision_experts", (E,), default=True)
     skip_below = None if skip_below is None else _floats(skip_below, "skip_below", (2,))
     bias = None if correction_bias is None else _floats(correction_bias, "correction_bias", (E,))
     _require(1 <= vision_top_k <= top_k, f"vision_top_k={vision_top_k}, expected 1 to top_k={top_k}")
@@ -105,12 +107,32 @@ def route(
     weights, probs = np.empty((T, top_k)), np.empty((T, E))
     score_gap, group_gap, order_gap, skip_gap = (np.empty(T) for _ in range(4))
     _call(
-        "topk_routing", logits, mask, padding, skip_below, exempt, bias, T, E, top_k, vision_top_k,
+        "topk_routing", logits, mask, padding, skip_below, exempt, allowed, bias, T, E, top_k, vision_top_k,
         _int32(SCORING[scoring]), _int32(norm_topk_prob), n_group, topk_group, group_best,
         float(routed_scaling_factor), _int32(renormalize),
         ids, weights, probs, score_gap, group_gap, order_gap, skip_gap,
     )  # fmt: skip
     return Routing(ids, weights, probs, score_gap, group_gap, order_gap, skip_gap)
+
+
+class Budget(NamedTuple):
+    chosen: NDArray  # bool [E]
+    gap: float  # by which share of the last one's demand it beats the next; infinite if there is nothing to confuse
+
+
+def choose_experts(
+    ids: ArrayLike, weights: ArrayLike, vision_mask: ArrayLike, *, num_experts: int, budget: int
+) -> Budget:
+    """The `budget` experts that the tokens of vision_mask [T] ask for most, by ids and weights [T, K]."""
+    weights = _floats(weights, "weights", (None, None))
+    T, K = weights.shape
+    ids = np.ascontiguousarray(np.asarray(ids, np.int32))
+    _require(ids.shape == (T, K), f"ids has shape {ids.shape}, expected {(T, K)}")
+    _require(1 <= budget <= num_experts, f"budget={budget}, expected 1 to {num_experts}")
+    mask = _mask(vision_mask, "vision_mask", (T,), default=False)
+    chosen, gap = np.empty(num_experts, np.uint8), np.empty(1)
+    _call("choose_experts", ids, weights, mask, T, K, num_experts, budget, chosen, gap)
+    return Budget(chosen.astype(bool), float(gap[0]))
 
 
 def gate_logits(

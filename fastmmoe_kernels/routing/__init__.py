@@ -48,6 +48,7 @@ def topk_routing(
     vision_top_k: int | None = None,
     skip_below: torch.Tensor | None = None,
     exempt_mask: torch.Tensor | None = None,
+    vision_experts: torch.Tensor | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     correction_bias: torch.Tensor | None = None,
@@ -79,6 +80,8 @@ def topk_routing(
             experts with less are skipped, which leaves their slots inactive and the other weights as they are. A token
             may lose all of its experts; NaN, as a weight or in here, skips nothing. None: no expert is skipped.
         exempt_mask: bool [T], true at tokens that keep all of their experts; None: no token. For `skip_below`.
+        vision_experts: bool [E], the experts that vision tokens choose among, as of `choose_experts`; slots for which
+            none is left are inactive. None: among all. Not with groups.
         scoring: "softmax" or "sigmoid", how z becomes p.
         norm_topk_prob: divide the selected p by their sum.
         correction_bias: floating [E], added to p for the selection only; -inf puts an expert behind all others that
@@ -88,7 +91,7 @@ def topk_routing(
             `correction_bias` (as far as it has two), else one.
         routed_scaling_factor: multiplies the weights at the end.
         renormalize: with `norm_topk_prob=False`, rescale a reduced vision token's weights to the sum of its original
-            top K.
+            top K, of all experts.
         return_probs: also return p.
         backend: "auto", "triton" or "torch".
 
@@ -98,7 +101,7 @@ def topk_routing(
     """
     check_tensor("logits", logits, ("T", "E"), FLOATS)
     options = RoutingOptions(
-        vision_mask, padding_mask, skip_below, exempt_mask, correction_bias, top_k,
+        vision_mask, padding_mask, skip_below, exempt_mask, vision_experts, correction_bias, top_k,
         top_k if vision_top_k is None else vision_top_k, scoring, norm_topk_prob, n_group, topk_group, group_best,
         routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip
@@ -119,6 +122,7 @@ def gate_routing(
     vision_top_k: int | None = None,
     skip_below: torch.Tensor | None = None,
     exempt_mask: torch.Tensor | None = None,
+    vision_experts: torch.Tensor | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     correction_bias: torch.Tensor | None = None,
@@ -155,7 +159,7 @@ def gate_routing(
         check_tensor("bias", bias, (weight.shape[0],), FLOATS, hidden.device)
     check_float("logit_scale", logit_scale, 0.0, float("inf"), low_open=True)
     options = RoutingOptions(
-        vision_mask, padding_mask, skip_below, exempt_mask, correction_bias, top_k,
+        vision_mask, padding_mask, skip_below, exempt_mask, vision_experts, correction_bias, top_k,
         top_k if vision_top_k is None else vision_top_k, scoring, norm_topk_prob, n_group, topk_group, group_best,
         routed_scaling_factor, renormalize, return_probs,
     )  # fmt: skip

@@ -26,6 +26,18 @@ def _best_first(scores, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_best(scores, probs, expert, K: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Per row, the sum of the probabilities of the K experts with the largest scores."""
+    total = tl.zeros((scores.shape[0],), tl.float32)
+    for _ in tl.static_range(K):
+        _, chosen = _best_first(scores, expert, BLOCK_E)
+        is_chosen = expert == chosen[:, None]
+        total += tl.sum(tl.where(is_chosen, probs, 0.0), axis=1)
+        scores = tl.where(is_chosen, float("-inf"), scores)
+    return total
+
+
+@triton.jit
 def _mask_groups(
     scores,  # [BT, BE]
     expert,  # [1, BE]
@@ -63,6 +75,7 @@ def _route(
     padding_ptr,
     skip_ptr,
     exempt_ptr,
+    allowed_ptr,
     bias_ptr,
     ids_ptr,
     weights_ptr,
@@ -78,6 +91,7 @@ def _route(
     HAS_PADDING: tl.constexpr,
     SKIPS: tl.constexpr,
     HAS_EXEMPT: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -108,6 +122,14 @@ def _route(
     if N_GROUP > 1:
         scores = _mask_groups(scores, expert, N_GROUP, TOPK_GROUP, E // N_GROUP, GROUP_BEST, BLOCK_G, BLOCK_E)
 
+    if HAS_VISION:
+        is_vision = tl.load(vision_ptr + row, mask=in_rows, other=0) != 0
+    if HAS_ALLOWED:
+        if RENORMALIZE and not NORMALIZE:
+            original = _sum_of_best(scores, probs, expert, K, BLOCK_E)
+        is_allowed = tl.load(allowed_ptr + expert, mask=expert < E, other=0) != 0  # [1, BE]
+        scores = tl.where(is_vision[:, None] & (is_allowed == 0), float("-inf"), scores)
+
     slot = tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     ids = tl.full((BLOCK_T, BLOCK_K), E, tl.int32)
     weights = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
@@ -116,19 +138,22 @@ def _route(
         is_chosen = expert == chosen[:, None]
         if HAS_BIAS:  # otherwise an expert's score is its probability
             weight = tl.sum(tl.where(is_chosen, probs, 0.0), axis=1)
+        if HAS_ALLOWED:
+            is_none = tl.max(scores, axis=1) == float("-inf")
+            weight = tl.where(is_none, 0.0, weight)
+            chosen = tl.where(is_none, E, chosen)
         scores = tl.where(is_chosen, float("-inf"), scores)
         ids = tl.where(slot == k, chosen[:, None], ids)
         weights = tl.where(slot == k, weight[:, None], weights)
 
     if not HAS_BIAS:
         weights = tl.where(weights == INF, float("nan"), weights)  # no probability is infinite
-    if K_VISION < K:
-        is_vision = tl.load(vision_ptr + row, mask=in_rows, other=0) != 0
+    if K_VISION < K or HAS_ALLOWED:
         inactive = is_vision[:, None] & (slot >= K_VISION)
         reduced = tl.where(inactive, 0.0, weights)
         if RENORMALIZE and not NORMALIZE:
             kept = tl.maximum(tl.sum(reduced, axis=1), 1e-20, propagate_nan=tl.PropagateNan.ALL)
-            scale = tl.sum(weights, axis=1) / kept
+            scale = (original if HAS_ALLOWED else tl.sum(weights, axis=1)) / kept
             reduced *= scale[:, None]
         weights = tl.where(is_vision[:, None], reduced, weights)
         ids = tl.where(inactive, E, ids)
@@ -137,7 +162,7 @@ def _route(
     if SKIPS:
         least = tl.load(skip_ptr) + tl.zeros((BLOCK_T,), tl.float32)
         if HAS_VISION:
-            least = tl.where(tl.load(vision_ptr + row, mask=in_rows, other=0) != 0, tl.load(skip_ptr + 1), least)
+            least = tl.where(is_vision, tl.load(skip_ptr + 1), least)
         is_skipped = weights < least[:, None]
         if HAS_EXEMPT:
             is_skipped &= (tl.load(exempt_ptr + row, mask=in_rows, other=0) == 0)[:, None]
@@ -146,7 +171,7 @@ def _route(
     if HAS_PADDING:
         is_padding = (tl.load(padding_ptr + row, mask=in_rows, other=0) != 0)[:, None]
         ids = tl.where(is_padding, E, ids)
-    if HAS_PADDING or SKIPS or K_VISION < K:
+    if HAS_PADDING or SKIPS or HAS_ALLOWED or K_VISION < K:
         # last, and by selection: NaN would have spread to slots that were 0
         weights = tl.where(ids == E, 0.0, weights)
 
@@ -162,6 +187,7 @@ def topk_routing_kernel(
     padding_ptr,  # [T] or unused
     skip_ptr,  # [2] or unused
     exempt_ptr,  # [T] or unused
+    allowed_ptr,  # [E] or unused
     bias_ptr,  # [E] or unused
     ids_ptr,  # [T, K]
     weights_ptr,  # [T, K]
@@ -180,6 +206,7 @@ def topk_routing_kernel(
     HAS_PADDING: tl.constexpr,
     SKIPS: tl.constexpr,
     HAS_EXEMPT: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -196,9 +223,10 @@ def topk_routing_kernel(
     inside = in_rows[:, None] & (expert < E)
     z = tl.load(logits_ptr + row[:, None] * stride_token + expert * stride_expert, mask=inside, other=0.0)
     _route(
-        z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, bias_ptr, ids_ptr, weights_ptr,
-        probs_ptr, scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING, SKIPS, HAS_EXEMPT,
-        HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+        z.to(tl.float32), row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, allowed_ptr, bias_ptr, ids_ptr,
+        weights_ptr, probs_ptr, scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING,
+        SKIPS, HAS_EXEMPT, HAS_ALLOWED, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E,
+        BLOCK_G, BLOCK_K,
     )  # fmt: skip
 
 
@@ -212,6 +240,7 @@ def gate_routing_kernel(
     padding_ptr,  # [T] or unused
     skip_ptr,  # [2] or unused
     exempt_ptr,  # [T] or unused
+    allowed_ptr,  # [E] or unused
     bias_ptr,  # [E] or unused
     ids_ptr,  # [T, K]
     weights_ptr,  # [T, K]
@@ -230,6 +259,7 @@ def gate_routing_kernel(
     HAS_PADDING: tl.constexpr,
     SKIPS: tl.constexpr,
     HAS_EXEMPT: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_PROBS: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -268,9 +298,9 @@ def gate_routing_kernel(
         z *= LOGIT_SCALE
     tl.store(logits_ptr + row[:, None] * E + expert[None, :], z, mask=in_rows[:, None] & (expert < E)[None, :])
     _route(
-        z, row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, bias_ptr, ids_ptr, weights_ptr, probs_ptr,
-        scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING, SKIPS, HAS_EXEMPT, HAS_BIAS,
-        STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
+        z, row, in_rows, vision_ptr, padding_ptr, skip_ptr, exempt_ptr, allowed_ptr, bias_ptr, ids_ptr, weights_ptr,
+        probs_ptr, scaling, E, K, K_VISION, SIGMOID, NORMALIZE, RENORMALIZE, HAS_VISION, HAS_PADDING, SKIPS, HAS_EXEMPT,
+        HAS_ALLOWED, HAS_BIAS, STORE_PROBS, N_GROUP, TOPK_GROUP, GROUP_BEST, BLOCK_T, BLOCK_E, BLOCK_G, BLOCK_K,
     )  # fmt: skip
 
 
@@ -353,7 +383,7 @@ def _outputs_and_arguments(
     """Empty ids, weights and probs, and the arguments that both kernels take."""
     num_tokens, num_experts = logits.shape
     vision_mask, padding_mask, bias = options.vision_mask, options.padding_mask, options.correction_bias
-    skip_below, exempt_mask = options.skip_below, options.exempt_mask
+    skip_below, exempt_mask, allowed = options.skip_below, options.exempt_mask, options.vision_experts
     ids = logits.new_empty(num_tokens, options.top_k, dtype=torch.int32)
     weights = logits.new_empty(num_tokens, options.top_k, dtype=torch.float32)
     probs = logits.new_empty((num_tokens, num_experts) if options.return_probs else 0, dtype=torch.float32)
@@ -363,6 +393,7 @@ def _outputs_and_arguments(
         "padding_ptr": padding_mask.contiguous() if padding_mask is not None else logits,
         "skip_ptr": skip_below.contiguous() if skip_below is not None else logits,
         "exempt_ptr": exempt_mask.contiguous() if exempt_mask is not None else logits,
+        "allowed_ptr": allowed.contiguous() if allowed is not None else logits,
         "bias_ptr": bias.contiguous() if bias is not None else logits,
         "ids_ptr": ids,
         "weights_ptr": weights,
@@ -379,6 +410,7 @@ def _outputs_and_arguments(
         "HAS_PADDING": padding_mask is not None,
         "SKIPS": skip_below is not None,
         "HAS_EXEMPT": exempt_mask is not None,
+        "HAS_ALLOWED": allowed is not None,
         "HAS_BIAS": bias is not None,
         "STORE_PROBS": options.return_probs,
         "N_GROUP": options.n_group,

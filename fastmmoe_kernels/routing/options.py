@@ -19,6 +19,7 @@ class RoutingOptions(NamedTuple):
     padding_mask: torch.Tensor | None  # bool [T]
     skip_below: torch.Tensor | None  # float32 [2]
     exempt_mask: torch.Tensor | None  # bool [T]
+    vision_experts: torch.Tensor | None  # bool [E]
     correction_bias: torch.Tensor | None  # floating [E]
     top_k: int
     vision_top_k: int  # `top_k` where the caller gave none
@@ -51,6 +52,12 @@ class RoutingOptions(NamedTuple):
         check_int("vision_top_k", vision_top_k, 1, top_k)
         if self.vision_mask is None and vision_top_k < top_k:
             raise ValueError(f"vision_mask: expected a mask with vision_top_k={vision_top_k}, got None")
+        if self.vision_experts is not None:
+            check_tensor("vision_experts", self.vision_experts, (num_experts,), (torch.bool,), device)
+            if self.vision_mask is None:
+                raise ValueError("vision_mask: expected a mask with vision_experts, got None")
+            if n_group > 1:
+                raise ValueError(f"vision_experts: not supported with groups, got n_group={n_group}")
         check_choice("scoring", self.scoring, SCORINGS)
         if self.correction_bias is not None:
             check_tensor("correction_bias", self.correction_bias, (num_experts,), FLOATS, device)

@@ -28,12 +28,21 @@ def topk_routing_reference(
 
     ids = _topk_lowest_id_first(scores, top_k)  # [T, K]
     weights = probs.gather(1, ids)
-    if vision_mask is not None and vision_top_k < top_k:
-        inactive = vision_mask.unsqueeze(1) & (torch.arange(top_k, device=logits.device) >= vision_top_k)
+    if vision_mask is not None and (vision_top_k < top_k or options.vision_experts is not None):
+        is_vision = vision_mask.unsqueeze(1)
+        inactive = is_vision & (torch.arange(top_k, device=logits.device) >= vision_top_k)
+        original = weights.sum(-1, keepdim=True)
+        if options.vision_experts is not None:
+            # an expert to choose goes before one that is not, also with a bias of -inf
+            scores = scores.clamp_min(torch.finfo(torch.float32).min)
+            scores = scores.masked_fill(is_vision & ~options.vision_experts, float("-inf"))
+            ids = _topk_lowest_id_first(scores, top_k)
+            weights = probs.gather(1, ids)
+            inactive |= scores.gather(1, ids) == float("-inf")
         reduced = weights.masked_fill(inactive, 0.0)
         if options.renormalize and not options.norm_topk_prob:
-            reduced *= weights.sum(-1, keepdim=True) / reduced.sum(-1, keepdim=True).clamp_min(1e-20)
-        weights = torch.where(inactive.any(-1, keepdim=True), reduced, weights)
+            reduced *= original / reduced.sum(-1, keepdim=True).clamp_min(1e-20)
+        weights = torch.where(is_vision, reduced, weights)
         ids = ids.masked_fill(inactive, num_experts)
     if options.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)

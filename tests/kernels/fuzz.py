@@ -90,6 +90,8 @@ def routing_options(draw, num_tokens):
             fields[name] = routing.make_mask(seed_of(draw), num_tokens, draw.choice([0.0, 0.5, 1.0]))
     if "vision_mask" in fields:
         options["vision_top_k"] = draw.randint(1, top_k)
+        if n_group == 1 and chance(draw, 30):
+            fields["vision_experts"] = routing.make_mask(seed_of(draw), size, draw.choice([0.0, 0.2, 0.7, 1.0]))
     if chance(draw, 30):
         fields["skip_below"] = torch.tensor([draw.choice([0.0, 0.1, 0.25, 0.5, float("inf")]) for _ in range(2)])
         if chance(draw, 50):

@@ -20,7 +20,7 @@ MARGIN = 3e-6
 LOGIT_ERROR = 5e-5 if HAS_GPU else 2e-6
 
 
-TENSORS = ("vision_mask", "padding_mask", "skip_below", "exempt_mask", "correction_bias")
+TENSORS = ("vision_mask", "padding_mask", "skip_below", "exempt_mask", "vision_experts", "correction_bias")
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Case:
     padding_mask: torch.Tensor | None = None
     skip_below: torch.Tensor | None = None
     exempt_mask: torch.Tensor | None = None
+    vision_experts: torch.Tensor | None = None
 
     def run(self, backend, **more):
         tensors = {key: None if t is None else t.to(DEVICE) for key, t in self.tensors().items()}
@@ -150,6 +151,8 @@ def cases(draw):
     if draw(st.booleans()):
         case.vision_mask = make_mask(seed + 2, num_tokens, draw(st.sampled_from([0.0, 0.5, 1.0])))
         case.options["vision_top_k"] = draw(st.integers(1, top_k))
+        if n_group == 1 and draw(st.booleans()):
+            case.vision_experts = make_mask(seed + 5, num_experts, draw(st.sampled_from([0.0, 0.2, 0.7, 1.0])))
     if draw(st.booleans()):
         case.padding_mask = make_mask(seed + 3, num_tokens, draw(st.sampled_from([0.0, 0.5, 1.0])))
     if draw(st.booleans()):
@@ -407,7 +410,10 @@ def test_custom_op(backend, with_bias, return_probs, with_padding):
     bias = make_logits(17, 1, 6)[0].to(DEVICE) if with_bias else None
     group_best = 1 if with_padding else None
     skip = (torch.tensor([0.1, 0.3]).to(DEVICE), padding) if return_probs else (None, None)
-    arguments = (mask, padding, *skip, bias, 3, 2, "softmax", True, 2, 1, group_best, 1.5, True, return_probs, backend)
+    allowed = make_mask(36, 6, 0.5).to(DEVICE) if with_bias and return_probs else None
+    n_group = 1 if allowed is not None else 2
+    masks = (mask, padding, *skip, allowed, bias)
+    arguments = (*masks, 3, 2, "softmax", True, n_group, 1, group_best, 1.5, True, return_probs, backend)
     torch.library.opcheck(_topk_routing, (logits, *arguments))
     hidden, weight = make_logits(35, 9, 5).to(DEVICE), make_logits(36, 6, 5).to(DEVICE)
     torch.library.opcheck(_gate_routing, (hidden, weight, bias, 0.5, *arguments))
@@ -452,6 +458,11 @@ MASK = torch.zeros(5, dtype=torch.bool)
         (dict(skip_below=torch.zeros(2, dtype=torch.float64)), TypeError, "skip_below"),
         (dict(skip_below=torch.zeros(2, device="meta")), ValueError, "skip_below"),
         (dict(exempt_mask=MASK), ValueError, "exempt_mask"),
+        (dict(vision_experts=torch.ones(6, dtype=torch.bool)), ValueError, "vision_mask"),
+        (dict(vision_mask=MASK, vision_experts=MASK), ValueError, "vision_experts"),
+        (dict(vision_mask=MASK, vision_experts=torch.ones(6)), TypeError, "vision_experts"),
+        (dict(vision_mask=MASK, vision_experts=torch.ones(6) > 0, n_group=2, topk_group=2), ValueError,
+         "vision_experts"),
         (dict(exempt_mask=MASK[:4], skip_below=torch.zeros(2)), ValueError, "exempt_mask"),
         (dict(exempt_mask=MASK.float(), skip_below=torch.zeros(2)), TypeError, "exempt_mask"),
         (dict(vision_mask=MASK, vision_top_k=3), ValueError, "vision_top_k"),
