@@ -20,10 +20,12 @@ class ExpertChoice:
     Attributes:
         vision_top_k: the most experts of a vision token.
         skip_below: the least weights of text and of vision tokens, as in `topk_routing`; None: all chosen experts run.
+        budget: how many different experts the vision tokens of a forward share; None: as many as they choose.
     """
 
     vision_top_k: int
     skip_below: tuple[float, float] | None = None
+    budget: int | None = None
 
 
 class ReductionConfig:

@@ -62,6 +62,7 @@ def layer_ops(
     after: Sequence[int],
     text_pairs: int,
     vision_pairs: int,
+    vision_experts: int | None,
     prunes: bool,
     itemsize: int,
 ) -> tuple[Op, ...]:
@@ -71,6 +72,7 @@ def layer_ops(
         text: text tokens per sample.
         before, after: vision tokens per sample that its mixer and its MLP see.
         text_pairs, vision_pairs: pairs of a token and an expert, over all samples.
+        vision_experts: how many different experts vision tokens share; None: as many as they choose.
         prunes: whether a prune stage is in the layer.
         itemsize: bytes per number.
     """
@@ -91,7 +93,7 @@ def layer_ops(
         moved = mixed * (mixer.key + hidden) + 2 * left * hidden
         ops.append(Op("prune", 0.0, itemsize * moved, 0.0, PRUNE))
     if has_mlp:
-        ops += _mlp(architecture, layer, (sum(text), text_pairs), (sum(after), vision_pairs), itemsize)
+        ops += _mlp(architecture, layer, (sum(text), text_pairs), (sum(after), vision_pairs), vision_experts, itemsize)
     return tuple(ops)
 
 
@@ -107,6 +109,17 @@ def expected_experts(num_experts: int, draws: Sequence[tuple[int, int]]) -> floa
         if tokens:
             missed *= (1.0 - pairs / tokens / num_experts) ** tokens
     return num_experts * (1.0 - missed)
+
+
+def _distinct_experts(
+    num_experts: int, draws: Sequence[tuple[int, int]], vision_draw: tuple[int, int], vision_experts: int | None
+) -> float:
+    """Experts that at least one token is expected to come to; vision tokens to some of those they share."""
+    if vision_experts is None or vision_draw not in draws:
+        return expected_experts(num_experts, draws)
+    shared = expected_experts(vision_experts, [vision_draw])
+    others = expected_experts(num_experts, [draw for draw in draws if draw is not vision_draw])
+    return others + shared * (1.0 - others / num_experts)
 
 
 def _elementwise(layer: Layer, hidden: int, mixed: int, left: int, itemsize: int) -> Op:
@@ -127,7 +140,12 @@ def _elementwise(layer: Layer, hidden: int, mixed: int, left: int, itemsize: int
 
 
 def _mlp(
-    architecture: Architecture, layer: Layer, text_draw: tuple[int, int], vision_draw: tuple[int, int], itemsize: int
+    architecture: Architecture,
+    layer: Layer,
+    text_draw: tuple[int, int],
+    vision_draw: tuple[int, int],
+    vision_experts: int | None,
+    itemsize: int,
 ) -> list[Op]:
     hidden, num_experts, tokens = architecture.hidden_size, architecture.num_experts, text_draw[0] + vision_draw[0]
     if layer.vision_mlp is None:
@@ -145,7 +163,7 @@ def _mlp(
         for mlp, draws in parts:
             rows, pairs = (sum(counts) for counts in zip(*draws, strict=True))
             multiplied += 2.0 * pairs * mlp.expert
-            weights += itemsize * expected_experts(num_experts, draws) * mlp.expert
+            weights += itemsize * _distinct_experts(num_experts, draws, vision_draw, vision_experts) * mlp.expert
             # what goes in and comes out, and between the kernels what is written and read again
             moved += 2 * rows * mlp.expert_hidden + 2 * pairs * (mlp.expert_width + mlp.expert_hidden)
         ops.append(Op("experts", multiplied, weights + itemsize * moved, weights, EXPERTS * len(parts)))

@@ -102,11 +102,12 @@ def prefill_time(
         return _time(layer_ops(architecture, architecture.layers[layer], text, *seen, ceilings.itemsize), ceilings)
 
     top_k = architecture.num_experts_per_tok
-    whole = vision, vision, sum(text) * top_k, sum(vision) * top_k, False
+    whole = vision, vision, sum(text) * top_k, sum(vision) * top_k, None, False
     per_layer = []
     for seen in tokens.layers:
         dense = timed(seen.layer, *whole)
-        reduced = timed(seen.layer, seen.before, seen.after, seen.text_pairs, seen.vision_pairs, seen.prunes)
+        pairs = seen.text_pairs, seen.vision_pairs, seen.vision_experts
+        reduced = timed(seen.layer, seen.before, seen.after, *pairs, seen.prunes)
         per_layer.append(
             LayerTime(
                 layer=seen.layer,

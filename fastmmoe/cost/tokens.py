@@ -18,6 +18,7 @@ class LayerTokens:
         before: those that its attention sees.
         after: those that its MoE (or dense MLP) sees: fewer where tokens are pruned in front of the MoE.
         text_pairs, vision_pairs: pairs of a token and an expert, over the whole batch.
+        vision_experts: how many different experts vision tokens share at most; None: as many as they choose.
         prunes: whether it is a prune layer.
     """
 
@@ -26,6 +27,7 @@ class LayerTokens:
     after: tuple[int, ...]
     text_pairs: int
     vision_pairs: int
+    vision_experts: int | None
     prunes: bool
 
 
@@ -69,7 +71,8 @@ def count_tokens(
         choice = None if is_skipped else config.expert_choice(layer, top_k)
         most = sum(text) * top_k, sum(after) * (top_k if choice is None else choice.vision_top_k)
         text_pairs, vision_pairs = _pairs(layer, (expert_pairs or {}).get(layer, most), most)
-        layers.append(LayerTokens(layer, before, after, text_pairs, vision_pairs, prunes=layer in left))
+        budget = None if choice is None else choice.budget
+        layers.append(LayerTokens(layer, before, after, text_pairs, vision_pairs, budget, prunes=layer in left))
         before = behind
     return PrefillTokens(architecture, text, vision, tuple(layers))
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from fastmmoe.config import CHECKS, StagedConfig, checked, choice, int_from, positive_share, share
+from fastmmoe.config import (
+    CHECKS,
+    ExpertChoice,
+    StagedConfig,
+    checked,
+    choice,
+    int_from,
+    optional,
+    positive_share,
+    share,
+)
 from fastmmoe.families import find_preset
 from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.method import AttentionCall, Pruning, StageInput, last_row
@@ -48,6 +58,11 @@ class FastMMoEConfig(StagedConfig):
             redundancy of their window (**ours**, see `fastmmoe_kernels.prune_batch`).
         steepness: each stage's keep ratio as a share of the one before, in (0, 1]; below 1, early stages are gentle and
             later ones harsh (**ours**). For `retention`, not for `keep_ratios`.
+        expert_budget: how many different experts all vision tokens of a forward share, in each layer from
+            `reduction_layer` on; at least their experts per token (**ours**, see `fastmmoe_kernels.choose_experts`). A
+            short prefill on a GPU takes as long as reading every expert that any token comes to: this is what bounds
+            it. It holds for a whole forward, all samples of a batch or of a packed row together: what a sample gets
+            depends on its neighbours. None: no budget.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         min_vision_tokens: a prefill with fewer vision tokens than this, over its whole batch, runs the stock model:
             below a break-even point, which depends on model and hardware and which `bench/bench_prefill.py` measures,
@@ -72,6 +87,34 @@ class FastMMoEConfig(StagedConfig):
     min_vision_tokens: int = 0
     keep_by: str = checked("importance", choice(KEEP_BY))
     steepness: float = checked(1.0, positive_share)
+    expert_budget: int | None = checked(None, optional(int_from(1)))
+
+    @property
+    def reduces_experts(self) -> bool:
+        return super().reduces_experts or self.expert_budget is not None
+
+    def expert_choice(self, layer: int, top_k: int) -> ExpertChoice | None:
+        choice = super().expert_choice(layer, top_k)
+        if self.expert_budget is None or layer < self.reduction_layer:
+            return choice
+        return replace(choice or ExpertChoice(top_k), budget=self.expert_budget)
+
+    def check_model(self, num_hidden_layers: int, num_experts_per_tok: int) -> None:
+        """As `ReductionConfig.check_model`; also refuses a budget below the experts of a vision token."""
+        super().check_model(num_hidden_layers, num_experts_per_tok)
+        if self.expert_budget is None:
+            return
+        most = num_experts_per_tok if self.vision_top_k is None else self.vision_top_k
+        if self.expert_budget < most:
+            raise ValueError(
+                f"expert_budget={self.expert_budget}: expected at least the {most} experts of a vision token; give a "
+                "vision_top_k that is no larger"
+            )
+        if self.reduction_layer >= num_hidden_layers:
+            raise ValueError(
+                f"reduction_layer={self.reduction_layer}: the model has {num_hidden_layers} layers; "
+                f"expert_budget={self.expert_budget} would silently do nothing"
+            )
 
     def pruning(self) -> Pruning:
         return FastMMoEPruning(self)

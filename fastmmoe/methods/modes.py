@@ -58,8 +58,8 @@ class MoDESConfig(FastMMoEConfig):
     def expert_choice(self, layer: int, top_k: int) -> ExpertChoice | None:
         choice = super().expert_choice(layer, top_k) or ExpertChoice(top_k)
         if self.text_threshold or self.vision_threshold:
-            return ExpertChoice(choice.vision_top_k, (self._least("text", layer), self._least("vision", layer)))
-        return choice if choice.vision_top_k < top_k else None
+            return replace(choice, skip_below=(self._least("text", layer), self._least("vision", layer)))
+        return choice if choice != ExpertChoice(top_k) else None
 
     def check_model(self, num_hidden_layers: int, num_experts_per_tok: int) -> None:
         """As `ReductionConfig.check_model`; also refuses importances of another number of layers."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastmmoe.config import ReductionConfig
-from fastmmoe.families import Family
+from fastmmoe.families import Family, architecture_of
 from fastmmoe.methods.method import Pruning
 from fastmmoe.prefill.patch import innermost
 from fastmmoe.prefill.place import Place
@@ -72,12 +72,19 @@ class Plan:
         for number in sorted({*reduced, *config.prune_layers} & set(moe)):
             gate = innermost(family.gate_of(layers[number]))
             try:
-                family.routing_options(gate, *family.gate_arguments(family.moe_of(layers[number])))
+                options = family.routing_options(gate, *family.gate_arguments(family.moe_of(layers[number])))
             except AttributeError as error:
                 raise ValueError(
                     f"model: layer {number}'s gate ({type(gate).__name__}) is not {family.title}'s "
                     f"({family.gate_class}): {error}; another version of transformers may have that one"
                 ) from None
+            budget = None if choices[number] is None else choices[number].budget
+            if budget is None:
+                continue
+            if options.get("n_group", 1) > 1:
+                raise ValueError(f"expert_budget: not supported with {family.title}'s gate, which chooses by groups")
+            if budget >= (num_experts := architecture_of(text.config).num_experts):
+                raise ValueError(f"expert_budget={budget}: expected fewer than the model's {num_experts} experts")
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
             if any(hasattr(weight, "device_mesh") for weight in experts.parameters()):

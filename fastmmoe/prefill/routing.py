@@ -12,7 +12,7 @@ from fastmmoe.prefill.patch import Patch, innermost, patch_in
 from fastmmoe.prefill.place import Place
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
-from fastmmoe_kernels import gate_routing, topk_routing
+from fastmmoe_kernels import choose_experts, gate_routing, topk_routing
 
 
 class GatePatch(Patch):
@@ -48,15 +48,25 @@ class GatePatch(Patch):
         else:
             options["skip_below"] = place.skip_below(hidden.device)
         linear = linear_options(gate, hidden, family) if self.is_bare else None
+        shares = place.choice.budget is not None and options["vision_mask"] is not None
+        own = _own_choice(options)
         if linear is not None:
             flat = hidden.reshape(-1, hidden.shape[-1])
-            routing = gate_routing(flat, gate.weight, **linear, **options)
-            return forward.chose(place, family.gate_output(gate, routing.logits, routing))
-        output = self.stock(hidden, *args)
-        logits = family.logits(output)
-        if not self._is_known:
-            self._check_choice(logits, *output[1:3], family.routing_options(gate, *args))
-        return forward.chose(place, family.gate_output(gate, logits, topk_routing(logits, **options)))
+            routing = gate_routing(flat, gate.weight, **linear, **(own if shares else options))
+            logits = routing.logits
+        else:
+            output = self.stock(hidden, *args)
+            logits = family.logits(output)
+            if not self._is_known:
+                self._check_choice(logits, *output[1:3], family.routing_options(gate, *args))
+            routing = topk_routing(logits, **(own if shares else options))
+        if shares:
+            allowed = choose_experts(
+                routing.ids, routing.weights, options["vision_mask"],
+                num_experts=logits.shape[-1], budget=place.choice.budget, backend=config.backend,
+            )  # fmt: skip
+            routing = topk_routing(logits, **options, vision_experts=allowed)
+        return forward.chose(place, family.gate_output(gate, logits, routing))
 
     def _check_choice(
         self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, options: dict[str, Any]
@@ -139,6 +149,13 @@ class ExpertsPatch(Patch):
                 "what each chosen expert makes of a token; fewer experts are not supported with it"
             )
         return output
+
+
+def _own_choice(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a routing by which all tokens choose as the model does, with bare probabilities for weights."""
+    reducing = ("vision_mask", "vision_top_k", "skip_below", "exempt_mask")
+    kept = {name: value for name, value in options.items() if name not in reducing}
+    return kept | {"norm_topk_prob": False, "routed_scaling_factor": 1.0}
 
 
 def _is_close(output: torch.Tensor, stock: torch.Tensor) -> bool:

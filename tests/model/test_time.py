@@ -138,8 +138,8 @@ def test_expected_experts_by_all_routings():
     """Two text tokens with 2 of 4 experts and a vision token with 1: every combination once."""
     pairs, singles = list(itertools.combinations(range(4), 2)), [(one,) for one in range(4)]
     counts = [len({*a, *b, *c}) for a, b, c in itertools.product(pairs, pairs, singles)]
-    assert expected_experts(4, [(2, 2), (1, 1)]) == pytest.approx(sum(counts) / len(counts))
-    assert expected_experts(4, [(0, 2)]) == 0 and expected_experts(4, [(1, 4)]) == 4
+    assert expected_experts(4, [(2, 4), (1, 1)]) == pytest.approx(sum(counts) / len(counts))
+    assert expected_experts(4, [(0, 0)]) == 0 and expected_experts(4, [(1, 4)]) == 4
 
 
 # --- what a stock layer does ------------------------------------------------------------------------------------------
