@@ -93,7 +93,8 @@ class Calibration:
 
     def finish(self, config: MoDESConfig, chosen: dict[str, float]) -> None:
         self._found["calibration"]["chosen"] = chosen
-        self._found = {"config": config.to_dict(), "calibration": self._found["calibration"]}
+        result = {"type": type(config).__name__, "config": config.to_dict()}
+        self._found = result | {"calibration": self._found["calibration"]}
         self._write()
 
     def _write(self) -> None:

@@ -46,6 +46,9 @@ def analyze(
     resume: Annotated[bool, typer.Option(help="Go on with the rows that are in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds results.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 64,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `fastmmoe calibrate` wrote: compare the skipping of experts, too.")
+    ] = None,
     max_new_tokens: NewTokens = 8,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -57,7 +60,8 @@ def analyze(
 
     settings = study.Settings(
         model=model, data=data, dev_data=dev_data, split=split, n=n, dev_n=dev_n, seed=seed, threads=threads,
-        batch=batch, max_new_tokens=max_new_tokens, device=str(read_device(device)), dtype=dtype,
+        batch=batch, max_new_tokens=max_new_tokens, calibration=calibration, device=str(read_device(device)),
+        dtype=dtype,
     )  # fmt: skip
     chosen = settings.default_parts if parts is None else [part.strip() for part in parts.split(",") if part.strip()]
     check_out(out, chosen, resume, overwrite)

@@ -9,9 +9,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 import fastmmoe
+from fastmmoe.families import architecture_of, find_text_model
 from fastmmoe.families.chat import end_tokens
 from fastmmoe.methods import FastMMoEConfig
-from fastmmoe.study.answers import answer
+from fastmmoe.prefill.installation import plan_in_force
+from fastmmoe.report import expert_pairs
+from fastmmoe.study.answers import answer, reduced
 from fastmmoe.study.methods import Method
 from fastmmoe.study.prompts import Batch
 from fastmmoe.study.questions import Example, matches
@@ -36,18 +39,20 @@ def evaluate(
         A row: the method, `n`, `accuracy`, its `standard_error`, `types` (accuracy by type of question), `flops` (per
         prompt), `flops_ratio` (of the dense model's) and `right`, a 0 or a 1 for each question.
     """
-    end = end_tokens(model, processor)
+    end, architecture = end_tokens(model, processor), architecture_of(find_text_model(model)[1].config)
     right = np.zeros(len(examples), dtype=bool)
     spent = dense = 0.0
     for number, batch in enumerate(batches):
         config = method.config_of(number)
-        said = answer(model, batch.to(model.device), config, max_new_tokens=max_new_tokens, end=end)
+        with reduced(model, config):
+            said = answer(model, batch.to(model.device), None, max_new_tokens=max_new_tokens, end=end)
+            ran = {} if config is None else expert_pairs(plan_in_force(model), architecture)
         for example, tokens in zip(batch.numbers, said, strict=True):
             text = processor.decode(tokens, skip_special_tokens=True)
             right[example] = matches(text, examples[example].answer)
         layout = batch.layout
         n_text = [length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True)]
-        counted = fastmmoe.flops(model, n_text, layout.n_vision, config or FastMMoEConfig())
+        counted = fastmmoe.flops(architecture, n_text, layout.n_vision, config or FastMMoEConfig(), expert_pairs=ran)
         spent, dense = spent + counted.reduced, dense + counted.dense
     return {
         **method.describe(),

@@ -51,7 +51,7 @@ def answer(
 
     Args:
         batch: on the model's device.
-        config: of the prefill; None answers with the model as it is.
+        config: what is reduced; None answers with the model as it is, enabled or not.
         max_new_tokens: an answer's length at most.
         end: ids that end an answer.
     """

@@ -6,9 +6,11 @@ A method enters the study by its config's `study_entries`; a new keyword of `Fas
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,6 +20,8 @@ from fastmmoe.families import find_text_model
 from fastmmoe.methods import METHODS, FastMMoEConfig
 from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.fastmmoe import STUDY_VARIANTS, study_configs
+
+_KINDS = {config.__name__: config for config in METHODS}
 
 RETENTIONS = (0.75, 0.5, 0.25)
 CHOSEN = "FastMMoE, chosen on dev"
@@ -82,8 +86,12 @@ class Method:
 
 
 def key_of(row: Mapping[str, Any]) -> tuple:
-    """`Method.key` of the method that a row of results is about."""
-    return _key(row)
+    """`Method.key` of the method that a row of results is about; what its config lacked then has its default."""
+    if row["config"] is None:
+        return _key(row)
+    values = dict(row["config"])
+    kind = _KINDS[values.pop("type")]
+    return _key({**row, "config": {"type": kind.__name__, **kind.from_dict(values).to_dict()}})
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
@@ -99,21 +107,27 @@ class Setting:
         layers, top_k: the text model's depth and K.
         preset: of its family, at layers that fit.
         n_vision: vision tokens of every prompt; None where prompts differ.
+        calibrated: configs that were found for the model.
     """
 
     layers: int
     top_k: int
     preset: FastMMoEConfig
     n_vision: int | None
+    calibrated: tuple[ReductionConfig, ...] = ()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, n_vision: int | None) -> Setting:
+    def of(
+        cls, model: PreTrainedModel, n_vision: int | None, calibrated: tuple[ReductionConfig, ...] = ()
+    ) -> Setting:
         family, text, _ = find_text_model(model)
         moe = next(layer for layer in text.layers if family.is_moe(layer))
         top_k = family.routing_options(family.gate_of(moe))["top_k"]
         official = _official_layers(model, len(text.layers))
         preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
-        return cls(len(text.layers), top_k, preset, n_vision)
+        for config in calibrated:
+            config.check_model(len(text.layers), top_k)
+        return cls(len(text.layers), top_k, preset, n_vision, calibrated)
 
     @property
     def placements(self) -> dict[str, tuple[int, ...]]:
@@ -131,7 +145,20 @@ class Setting:
 
     def place(self, placement: str, retention: float, experts: Mapping[str, Any]) -> Place:
         """What a method is told of the layers of that name."""
-        return Place(self.placements[placement], retention, experts, self.n_vision, self.preset)
+        return Place(self.placements[placement], retention, experts, self.n_vision, self.preset, self.calibrated)
+
+
+def read_calibration(path: Path) -> ReductionConfig:
+    """A config that was found for a model, from the file of its calibration.
+
+    Raises:
+        ValueError: it cannot be read, or holds none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return _KINDS[values["type"]].from_dict(values["config"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: holds no calibrated config ({type(error).__name__}: {error})") from error
 
 
 def entries() -> list[Entry]:
@@ -145,7 +172,7 @@ def dense() -> Method:
 
 def main_grid(setting: Setting) -> list[Method]:
     """Every method at every placement and retention, with all experts and with fewer; the dense model first."""
-    methods = [dense()]
+    methods = [dense(), *(Method("as calibrated", configs=(config,)) for config in setting.calibrated)]
     for experts in setting.expert_reductions:
         if experts:
             methods.append(Method("fewer experts only", configs=(FastMMoEConfig(**experts),)))
@@ -210,7 +237,7 @@ def chosen_grid(setting: Setting, name: str, changes: Mapping[str, Any]) -> list
 
 def changes_of(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
     """How a row's FastMMoE config differs from the preset, apart from where and how much it prunes."""
-    apart = {"vision_top_k", "reduction_layer", "prune_layers", "retention", "keep_ratios"}
+    apart = {"vision_top_k", "reduction_layer", "expert_budget", "prune_layers", "retention", "keep_ratios"}
     names = [field.name for field in fields(FastMMoEConfig) if field.name not in apart]
     return {name: config[name] for name in names if config[name] != getattr(setting.preset, name)}
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from fastmmoe.config import ReductionConfig
 from fastmmoe.families import find_text_model
 from fastmmoe.families.chat import check_question, placeholders_of
 from fastmmoe.families.checkpoint import load_model, read_config
@@ -72,6 +73,7 @@ class Settings:
         device, dtype: to run on and in; dtype "auto" is float32 on a CPU and the checkpoint's elsewhere.
         threads: CPU threads of each process.
         rounds, timing_batch: timed prefills of each method, and prompts per prefill.
+        calibration: what `fastmmoe calibrate` wrote for the model; None: methods that need it are left out.
     """
 
     model: str | None = None
@@ -88,6 +90,7 @@ class Settings:
     threads: int = 1
     rounds: int = 9
     timing_batch: int = 16
+    calibration: Path | None = None
 
     @property
     def checkpoint(self) -> str:
@@ -97,6 +100,10 @@ class Settings:
     def default_parts(self) -> tuple[str, ...]:
         """All, or those that need no dev questions where there are none."""
         return tuple(part for part in PARTS if self.has_dev or part not in CHOOSING)
+
+    @property
+    def calibrated(self) -> tuple[ReductionConfig, ...]:
+        return () if self.calibration is None else (grids.read_calibration(self.calibration),)
 
     @property
     def has_dev(self) -> bool:
@@ -144,7 +151,7 @@ class Session:
     @functools.cached_property
     def setting(self) -> Setting:
         counts = {n for batch in self.questions(self.settings.split)[1] for n in batch.layout.n_vision}
-        return Setting.of(self.model, counts.pop() if len(counts) == 1 else None)
+        return Setting.of(self.model, counts.pop() if len(counts) == 1 else None, self.settings.calibrated)
 
     def questions(self, split: str) -> tuple[list[Example], list[Batch]]:
         """A split's questions and their prompts."""
@@ -236,8 +243,8 @@ class Study:
         }
         digests = {
             f"{name}_sha256": hashlib.sha256(path.read_bytes()).hexdigest()
-            for name, path in (("data", settings.data), ("dev_data", settings.dev_data))
-            if path is not None
+            for name in ("data", "dev_data", "calibration")
+            if (path := getattr(settings, name)) is not None
         }
         head = header({"model": self.session.describe_model(), **asked, **digests}, NOTES)
         out.mkdir(parents=True, exist_ok=True)
