@@ -14,7 +14,7 @@ from fastmmoe_kernels import VisionLayout
 
 
 def enable(model: nn.Module, config: ReductionConfig) -> None:
-    """Run every prefill of `model` with FastMMoE from now on; decoding stays the stock path.
+    """Run every prefill of `model` with FastMMoE from now on; decoding stays the stock path unless text skips experts.
 
     A model that is enabled already gets the new config, whichever of its modules or wrappers it is reached by. After an
     error it is as it was before the call. Threads may call one enabled model, and may enable and disable it: a forward

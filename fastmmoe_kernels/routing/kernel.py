@@ -444,23 +444,38 @@ GATES = [
     _Gate(32, 2880, 4, has_logit_bias=True, is_complete=False),  # gpt-oss-20b
     _Gate(384, 7168, 8, sigmoid=True, has_bias=True, is_complete=False),  # Kimi-K2.5
 ]
-LAUNCHES = [  # kernel, type of its input, whether vision tokens are reduced, padding, probs stored, experts skipped
-    (topk_routing_kernel, "*fp32", False, False, False, False),
-    (topk_routing_kernel, "*fp32", True, False, False, False),
-    (topk_routing_kernel, "*fp32", True, False, True, False),
-    (topk_routing_kernel, "*fp32", True, True, True, False),
-    (topk_routing_kernel, "*fp32", True, True, True, True),
-    (topk_routing_kernel, "*bf16", True, False, False, False),
-    (topk_routing_kernel, "*fp16", True, False, False, False),
-    (gate_routing_kernel, "*bf16", True, False, False, False),
-    (gate_routing_kernel, "*bf16", True, False, True, False),
-    (gate_routing_kernel, "*bf16", True, True, False, False),
-    (gate_routing_kernel, "*bf16", True, True, True, False),
-    (gate_routing_kernel, "*bf16", False, False, False, True),  # decoding
-    (gate_routing_kernel, "*bf16", True, True, True, True),
-    (gate_routing_kernel, "*fp16", True, True, True, False),
-    (gate_routing_kernel, "*fp32", True, True, True, False),
-    (gate_routing_kernel, "*fp32", True, True, True, True),
+@dataclass(frozen=True)
+class _Launch:
+    """What a launch is given, for `aot_variants`: the type of its input, and which of the options."""
+
+    kernel: object
+    dtype: str
+    reduced: bool = True  # vision tokens take fewer experts
+    padding: bool = False
+    probs: bool = False
+    skips: bool = False
+    restricts: bool = False  # vision tokens choose among some
+
+
+LAUNCHES = [
+    _Launch(topk_routing_kernel, "*fp32", reduced=False),
+    _Launch(topk_routing_kernel, "*fp32"),
+    _Launch(topk_routing_kernel, "*fp32", probs=True),
+    _Launch(topk_routing_kernel, "*fp32", padding=True, probs=True),
+    _Launch(topk_routing_kernel, "*fp32", padding=True, probs=True, skips=True),
+    _Launch(topk_routing_kernel, "*fp32", restricts=True),
+    _Launch(topk_routing_kernel, "*fp32", padding=True, skips=True, restricts=True),
+    _Launch(topk_routing_kernel, "*bf16"),
+    _Launch(topk_routing_kernel, "*fp16"),
+    _Launch(gate_routing_kernel, "*bf16"),
+    _Launch(gate_routing_kernel, "*bf16", probs=True),
+    _Launch(gate_routing_kernel, "*bf16", padding=True),
+    _Launch(gate_routing_kernel, "*bf16", padding=True, probs=True),
+    _Launch(gate_routing_kernel, "*bf16", reduced=False, skips=True),  # decoding
+    _Launch(gate_routing_kernel, "*bf16", padding=True, probs=True, skips=True),
+    _Launch(gate_routing_kernel, "*fp16", padding=True, probs=True),
+    _Launch(gate_routing_kernel, "*fp32", padding=True, probs=True),
+    _Launch(gate_routing_kernel, "*fp32", padding=True, probs=True, skips=True),
 ]
 
 
@@ -468,11 +483,12 @@ def aot_variants() -> list[KernelVariant]:
     """Every shipped configuration, for `python -m fastmmoe_kernels.aot`."""
     variants = []
     for gate in GATES:
-        for kernel, dtype, reduced, padding, store_probs, skips in LAUNCHES:
+        for launch in LAUNCHES:
+            dtype, reduced, padding, skips = launch.dtype, launch.reduced, launch.padding, launch.skips
             # groups compile slowly, and differ from the other gates in nothing else
-            if gate.n_group > 1 and not store_probs:
+            if gate.n_group > 1 and not launch.probs:
                 continue
-            from_hidden = kernel is gate_routing_kernel
+            from_hidden = launch.kernel is gate_routing_kernel
             if not gate.is_complete and not (from_hidden and dtype == "*bf16"):
                 continue
             num_experts, top_k, n_group, has_bias = gate.num_experts, gate.top_k, gate.n_group, gate.has_bias
@@ -480,15 +496,16 @@ def aot_variants() -> list[KernelVariant]:
             signature = {
                 "logits_ptr": logits, "vision_ptr": "*u1" if reduced else logits,
                 "padding_ptr": "*u1" if padding else logits, "skip_ptr": "*fp32" if skips else logits,
-                "exempt_ptr": "*u1" if skips else logits, "bias_ptr": "*fp32" if has_bias else logits,
-                "ids_ptr": "*i32", "weights_ptr": "*fp32", "probs_ptr": "*fp32", "num_tokens": "i32",
-                "stride_token": "i32", "scaling": "fp32",
+                "exempt_ptr": "*u1" if skips else logits, "allowed_ptr": "*u1" if launch.restricts else logits,
+                "bias_ptr": "*fp32" if has_bias else logits, "ids_ptr": "*i32", "weights_ptr": "*fp32",
+                "probs_ptr": "*fp32", "num_tokens": "i32", "stride_token": "i32", "scaling": "fp32",
             }  # fmt: skip
             constants = {
                 "E": num_experts, "K": top_k, "K_VISION": top_k // 2 if reduced else top_k, "SIGMOID": gate.sigmoid,
                 "NORMALIZE": gate.normalize, "RENORMALIZE": True, "HAS_VISION": reduced, "HAS_PADDING": padding,
-                "SKIPS": skips, "HAS_EXEMPT": skips, "HAS_BIAS": has_bias, "STORE_PROBS": store_probs,
-                "N_GROUP": n_group, "TOPK_GROUP": gate.topk_group, "GROUP_BEST": 2 if has_bias else 1,
+                "SKIPS": skips, "HAS_EXEMPT": skips, "HAS_ALLOWED": launch.restricts, "HAS_BIAS": has_bias,
+                "STORE_PROBS": launch.probs, "N_GROUP": n_group, "TOPK_GROUP": gate.topk_group,
+                "GROUP_BEST": 2 if has_bias else 1,
             }  # fmt: skip
             if from_hidden:
                 logit_bias = dtype if gate.has_logit_bias else logits
@@ -498,7 +515,7 @@ def aot_variants() -> list[KernelVariant]:
                 tokens = blocks["BLOCK_T"] * blocks["BLOCK_H"] * itemsize
                 constants |= {"H": gate.width, "HAS_LOGIT_BIAS": gate.has_logit_bias, "LOGIT_SCALE": 1.0}
                 variant = KernelVariant(
-                    kernel,
+                    launch.kernel,
                     signature,
                     constants | {name: size for name, size in blocks.items() if name.isupper()},
                     num_warps=blocks["num_warps"],
@@ -510,6 +527,6 @@ def aot_variants() -> list[KernelVariant]:
             else:
                 constants |= {"stride_expert": 1} | routing_blocks(num_experts, top_k, n_group)
                 unaligned = ("stride_token",) if num_experts % 16 else ()
-                variant = KernelVariant(kernel, signature, constants, unaligned=unaligned)
+                variant = KernelVariant(launch.kernel, signature, constants, unaligned=unaligned)
             variants.append(variant)
     return variants
