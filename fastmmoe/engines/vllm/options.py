@@ -41,6 +41,8 @@ def read_config(vllm_config: VllmConfig) -> FastMMoEConfig | None:
     values = vllm_config.additional_config[KEY]
     if not isinstance(values, Mapping):
         raise TypeError(f"additional_config[{KEY!r}]: expected an object of fields of FastMMoEConfig, got {values!r}")
+    if values.get("expert_budget") is not None:
+        raise ValueError(f"additional_config[{KEY!r}]: expert_budget is not supported in vLLM, expected null")
     try:
         return FastMMoEConfig.preset(vllm_config.model_config.hf_config, **values)
     except TypeError as error:

@@ -71,6 +71,11 @@ def test_other_versions_of_vllm(configure, monkeypatch):
         configure(BOTH)
 
 
+def test_an_expert_budget_is_refused(configure):
+    with pytest.raises(Exception, match="expert_budget is not supported in vLLM"):
+        configure(BOTH | {"expert_budget": 8})
+
+
 def test_other_architectures(configure, monkeypatch):
     monkeypatch.delitem(FAMILIES, "Qwen3VLMoeForConditionalGeneration")
     configure()
