@@ -108,7 +108,7 @@ test-transformers: $(SUITE)/.unpacked
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c tests/transformers_suite/pytest.ini --numprocesses auto \
 		tests/transformers_suite $(FIGURES)
 
-# so many of each of the seven ops, from other seeds every time; they and those that fail are printed
+# so many of each of the ops, from other seeds every time; they and those that fail are printed
 FUZZ_CASES ?= 1500
 FUZZ_SEED ?= $(shell date +%s)
 

@@ -10,6 +10,7 @@ from conftest import HAS_GPU
 from fastmmoe_kernels.redundancy import STRATEGIES
 
 from . import test_attention as attention
+from . import test_budget as budget
 from . import test_experts as experts
 from . import test_layout as layout
 from . import test_prune as pruning
@@ -90,13 +91,17 @@ def routing_options(draw, num_tokens):
             fields[name] = routing.make_mask(seed_of(draw), num_tokens, draw.choice([0.0, 0.5, 1.0]))
     if "vision_mask" in fields:
         options["vision_top_k"] = draw.randint(1, top_k)
-        if n_group == 1 and chance(draw, 30):
-            fields["vision_experts"] = routing.make_mask(seed_of(draw), size, draw.choice([0.0, 0.2, 0.7, 1.0]))
-    if chance(draw, 30):
-        fields["skip_below"] = torch.tensor([draw.choice([0.0, 0.1, 0.25, 0.5, float("inf")]) for _ in range(2)])
-        if chance(draw, 50):
-            fields["exempt_mask"] = routing.make_mask(seed_of(draw), num_tokens, draw.choice([0.0, 0.5, 1.0]))
     return size * n_group, fields
+
+
+def set_reductions(draw, case, num_tokens, num_experts):
+    """Fewer experts by need, and among some; drawn last, so that stored seeds keep the rest of their cases."""
+    if case.vision_mask is not None and case.options["n_group"] == 1 and chance(draw, 30):
+        case.vision_experts = routing.make_mask(seed_of(draw), num_experts, draw.choice([0.0, 0.2, 0.7, 1.0]))
+    if chance(draw, 30):
+        case.skip_below = torch.tensor([draw.choice([0.0, 0.1, 0.25, 0.5, float("inf")]) for _ in range(2)])
+        if chance(draw, 50):
+            case.exempt_mask = routing.make_mask(seed_of(draw), num_tokens, draw.choice([0.0, 0.5, 1.0]))
 
 
 def topk_routing(draw):
@@ -110,8 +115,10 @@ def topk_routing(draw):
         logits[:, draw.randrange(num_experts)] = draw.choice([1e4, -1e4])
     logits = routing.strided(logits.to(draw.choice(DTYPES)), draw.choice(LAYOUTS))
     ties = kind == "ties" and scale == 1 and "correction_bias" not in fields
+    case = routing.Case(logits, **fields)
+    set_reductions(draw, case, num_tokens, num_experts)
     for backend in backends():
-        routing.check(routing.Case(logits, **fields), backend, ties=ties)
+        routing.check(case, backend, ties=ties)
 
 
 def gate_routing(draw):
@@ -131,8 +138,23 @@ def gate_routing(draw):
         if chance(draw, 50):
             gate.bias = routing.make_logits(seed_of(draw), 1, num_experts, draw.choice(DTYPES))[0]
     gate.hidden, gate.weight = (routing.strided(x, draw.choice(LAYOUTS)) for x in (gate.hidden, gate.weight))
+    set_reductions(draw, gate, num_tokens, num_experts)
     for backend in backends(dtype):
         routing.check(gate, backend, ties=ties)
+
+
+def choose_experts(draw):
+    num_tokens, num_experts = draw.choice([0, 1, 2, 19, 300, 600]), draw.choice([1, 6, 33, 72])
+    top_k, dtype = draw.randint(1, min(8, num_experts)), draw.choice(DTYPES)
+    ids, weights = budget.make_choice(seed_of(draw), num_tokens, num_experts, top_k, dtype)
+    mask = routing.make_mask(seed_of(draw), num_tokens, draw.choice([0.0, 0.5, 1.0]))
+    if chance(draw, 25):
+        weights[:] = weights.round(decimals=1)  # demands tie, and so do sums of them in another order nearly
+    if chance(draw, 25) and num_tokens:
+        ids[draw.randrange(num_tokens)] = draw.choice([-1, num_experts, 2**31 - 1])
+    ids = ids.to(draw.choice([torch.int32, torch.int64]))
+    for backend in backends():
+        budget.check(ids, weights, mask, backend, num_experts=num_experts, budget=draw.randint(1, num_experts))
 
 
 # --- attention and experts --------------------------------------------------------------------------------------------
@@ -301,6 +323,7 @@ def vision_layout(draw):
 OPS = {
     op.__name__: op
     for op in (
-        topk_routing, gate_routing, last_query_attention, moe_experts, window_redundancy, prune_batch, vision_layout,
+        topk_routing, gate_routing, choose_experts, last_query_attention, moe_experts, window_redundancy, prune_batch,
+        vision_layout,
     )
 }  # fmt: skip

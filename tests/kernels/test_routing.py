@@ -92,7 +92,7 @@ def check(case, backend, *, ties=False):
     np.testing.assert_allclose(got.probs.cpu().numpy(), want.probs, rtol=rtol, atol=1e-30)
     gap = np.minimum(np.minimum(want.score_gap, want.group_gap), want.order_gap)
     # p changes by at most error / 2, and two of them are compared, or two sums of two
-    clear = np.full(num_tokens, True) if ties else (gap > MARGIN + 2 * error) & (want.skip_gap > rtol)
+    clear = (ties | (gap > MARGIN + 2 * error)) & (want.skip_gap > rtol)
     np.testing.assert_array_equal(got.ids.cpu().numpy()[clear], want.ids[clear])
     np.testing.assert_allclose(got.weights.cpu().numpy()[clear], want.weights[clear], rtol=rtol, atol=1e-30)
     return clear
