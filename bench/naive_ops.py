@@ -40,6 +40,23 @@ def gate_routing(
     return logits, *topk_routing(logits, top_k, vision_mask, vision_top_k)
 
 
+def choose_experts(
+    ids: torch.Tensor,  # [T, K]
+    weights: torch.Tensor,  # [T, K]
+    vision_mask: torch.Tensor,  # bool [T]
+    num_experts: int,
+    budget: int,
+) -> torch.Tensor:
+    """bool [E]: the experts for which vision tokens' weights to the power of 8 have the largest sums."""
+    demand = [0.0] * num_experts
+    rows = zip(ids.tolist(), weights.tolist(), vision_mask.tolist(), strict=True)
+    for chosen, asked in ((chosen, asked) for chosen, asked, is_vision in rows if is_vision):
+        for expert, weight in zip(chosen, asked, strict=True):
+            demand[expert] += weight**8
+    best = sorted(range(num_experts), key=lambda expert: -demand[expert])[:budget]
+    return torch.tensor([expert in best for expert in range(num_experts)])
+
+
 def last_query_attention(
     query: torch.Tensor,  # [B, Hq, D]
     key: torch.Tensor,  # [B, Hkv, n, D]

@@ -15,6 +15,7 @@ from contestants import OURS, load_peers, our_experts, our_tiles
 from op_costs import (
     OpShape,
     attention_cost,
+    budget_cost,
     dispatch_cost,
     experts_cost,
     gate_cost,
@@ -34,7 +35,7 @@ from workload import (
     worst_row_error,
 )
 
-from fastmmoe_kernels import VisionLayout, gate_routing, last_query_attention, prune_batch, topk_routing
+from fastmmoe_kernels import VisionLayout, choose_experts, gate_routing, last_query_attention, prune_batch, topk_routing
 from fastmmoe_kernels.redundancy import window_scores
 
 NAIVE = "naive loops"
@@ -197,6 +198,22 @@ def gate_case(at: Setting) -> OpCase:
         return torch.stack((of_logits, of_routing)).max().item()
 
     return OpCase(gate_cost(shape, at.total, at.dtype.itemsize), error, contestants)
+
+
+def budget_case(at: Setting) -> OpCase:
+    mask, shape, budget = at.layout.vision_mask.flatten(), at.shape, max(1, at.shape.experts // 4)
+    chosen = topk_routing(at.logits, shape.top_k, norm_topk_prob=False, backend="torch")
+    sizes = {"num_experts": shape.experts, "budget": budget}
+    contestants = at.ours(
+        lambda backend: choose_experts(chosen.ids, chosen.weights, mask, **sizes, backend=backend), 0.0
+    )
+    if at.device.type == "cpu":
+        arguments = chosen.ids, chosen.weights, mask
+        contestants[NAIVE] = Contestant(lambda: naive_ops.choose_experts(*arguments, **sizes), 0.0)
+    want = naive_ops.choose_experts(chosen.ids, chosen.weights.double(), mask, **sizes)
+    return OpCase(
+        budget_cost(shape, at.total), lambda got: float((got.cpu() != want.cpu()).sum()), contestants
+    )
 
 
 def attention_case(at: Setting) -> OpCase:
@@ -378,6 +395,7 @@ class Op:
 OPS: Mapping[str, Op] = {
     "routing": Op(("topk_routing",), routing_case),
     "gate": Op(("gate_routing",), gate_case),
+    "budget": Op(("choose_experts",), budget_case),
     "attention": Op(("last_query_attention",), attention_case),
     "redundancy": Op(("window_redundancy",), redundancy_case),
     "prune": Op(("prune_batch", "prune_tokens"), prune_case),

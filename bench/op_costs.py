@@ -32,6 +32,7 @@ class OpShape:
 FORMULAS = {
     "routing": "4TE logits + T mask + 8TK ids and weights",
     "gate": "s(TH + EH) tokens and gate + T mask + 4TE logits + 8TK ids and weights; 2THE operations",
+    "budget": "8TK ids and weights + T mask + E chosen",
     "attention": "s(B Hq D + B Hkv n D) query and keys + 4Bn row; 2 B Hq n D operations",
     "redundancy": "4ME probs + 4M importance + 4T ranks + 12T scores + 4B counts",
     "prune": "4ME probs + 4M importance + 4T ranks + 2sH(rows read + rows written) + 14 per row written",
@@ -48,6 +49,10 @@ def gate_cost(shape: OpShape, tokens: int, itemsize: int) -> tuple[Stage, ...]:
     operands = itemsize * shape.hidden * (tokens + shape.experts)
     size = operands + tokens + 4 * tokens * shape.experts + 8 * tokens * shape.top_k
     return (Stage("gate", 2.0 * tokens * shape.hidden * shape.experts, size),)
+
+
+def budget_cost(shape: OpShape, tokens: int) -> tuple[Stage, ...]:
+    return (Stage("budget", 0.0, 8 * tokens * shape.top_k + tokens + shape.experts),)
 
 
 def attention_cost(shape: OpShape, batch: int, keys: int, itemsize: int) -> tuple[Stage, ...]:

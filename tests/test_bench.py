@@ -41,7 +41,7 @@ from prefill_summary import (
     median_ratio,
     summarise,
 )
-from prefill_variants import Runner, Variant, build_variants, check_parity
+from prefill_variants import Runner, Variant, build_variants, check_parity, skipping_variants
 from report_prefill import break_even_lines
 from roofline import ESTIMATE, ExpertsShape, expert_stages, padding_factor, roofline_seconds
 from tile_table import find_most_pairs, format_most_pairs, format_row, replace_row
@@ -623,15 +623,15 @@ def test_runs_of_all_variants(runner):
     token = 2 * TINY.kv_heads * TINY.head_dim * 4
     found = {}
     for name, variant in build_variants(TINY, 0.5, ["sdpa"], ["grouped_mm", "eager"]).items():
-        memory, saved = runner.inspect(variant, inputs)
+        memory, report = runner.inspect(variant, inputs)
         found[name] = memory
         config, lengths = variant.config, [38] * TINY.layers
         if config is None:
-            assert saved == 0
+            assert report is None
         else:
-            report = flops(runner.model.config.text_config, (6, 6), (32, 32), config)
-            assert saved == report.saved > 0
-            lengths = [layer.attention_tokens // 2 for layer in report.per_layer]
+            counted = flops(runner.model.config.text_config, (6, 6), (32, 32), config)
+            assert report.flops.saved == counted.saved > 0
+            lengths = [layer.attention_tokens // 2 for layer in counted.per_layer]
         extra = memory.left - (token * 2 * sum(lengths) + 2 * 8)
         # FastMMoE also leaves what the report and a later turn must know of the tokens
         assert extra == 0 if config is None else extra > 0
@@ -642,6 +642,17 @@ def test_runs_of_all_variants(runner):
     assert both.peak < stock_memory.peak and both.left < stock_memory.left
     assert torch.equal(runner.logits(stock, inputs), logits)
     assert count_hooks() == hooks
+
+
+@torch.inference_mode()
+def test_variants_that_skip_a_share_of_the_experts(runner):
+    inputs = join(build_samples(runner.model, Case((2, 2), text=6, tile_tokens=16)))
+    for share in (0.3, 0.7):
+        (name, variant), *_ = skipping_variants(runner, inputs, share, ["sdpa"], "grouped_mm").items()
+        assert name == f"skip {share:.0%}"
+        _, report = runner.inspect(variant, inputs)
+        assert report.experts_skipped == pytest.approx(share, abs=0.03) and 0 < report.flops.saved < share
+    assert not any("forward" in vars(module) for module in runner.model.modules())
 
 
 class FakeRunner:

@@ -344,7 +344,7 @@ def test_bench_on_cpu(tmp_path, capsys):
     peers = {case["op"]: list(case["contestants"])[1:-1] for case in result["cases"]}
     assert peers == {
         "routing": ["transformers router"], "gate": ["transformers router"], "attention": ["attention map", "one row"],
-        "redundancy": [], "prune": [], "experts": ["grouped_mm"],
+        "budget": [], "redundancy": [], "prune": [], "experts": ["grouped_mm"],
     }  # fmt: skip
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -374,6 +374,7 @@ def spoil(monkeypatch, name):
     changes = {
         "routing": (op_cases, "topk_routing", lambda out: out._replace(weights=scaled(out.weights))),
         "gate": (op_cases, "gate_routing", lambda out: out._replace(logits=out.logits + 0.001)),
+        "budget": (op_cases, "choose_experts", lambda out: out.roll(1)),
         "attention": (op_cases, "last_query_attention", lambda out: torch.cat((scaled(out[:, :1]), out[:, 1:]), 1)),
         "redundancy": (op_cases, "window_scores", lambda out: (scaled(out[0]), *out[1:])),
         "prune": (op_cases, "prune_batch", lambda out: out._replace(index=out.index.roll(1))),

@@ -28,6 +28,13 @@ def gate(**options):
     return fk.gate_routing(hidden, weight, 3, correction_bias=bias, return_probs=True, **options)
 
 
+def share(**options):
+    (logits,) = random_tensors((9, 6))
+    chosen = fk.topk_routing(logits, 3, norm_topk_prob=False, backend="torch")
+    mask = torch.arange(9, device=DEVICE) % 3 > 0
+    return [fk.choose_experts(chosen.ids, chosen.weights, mask, num_experts=6, budget=2, **options)]
+
+
 def attend(**options):
     query, key, sinks = random_tensors((2, 4, 16), (2, 2, 11, 16), (4,))
     return [fk.last_query_attention(query, key, sinks=sinks, scale=0.25, **options)]
@@ -58,6 +65,7 @@ def prune(**options):
 
 
 OPS = {
+    "choose_experts": share,
     "gate_routing": gate,
     "last_query_attention": attend,
     "moe_experts": run_experts,
