@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -311,10 +311,18 @@ def _is_given(features: Any) -> bool:
 
 def _is_any(input_ids: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
     """bool like input_ids: the token is one of `ids`."""
-    return (input_ids.unsqueeze(-1) == _table(ids, input_ids.device)).any(-1)
+    # no tensor of ids: to copy one waits, in every step of decoding
+    found = [(input_ids >= low) & (input_ids <= high) if low < high else input_ids == low for low, high in _ranges(ids)]
+    return reduce(torch.bitwise_or, found)
 
 
 @lru_cache(maxsize=64)
-def _table(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Ids on a device, copied once: decoding asks in every step."""
-    return torch.tensor(ids).to(device)
+def _ranges(ids: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The first and the last of each stretch of consecutive ids: special tokens are often one."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(ids)):
+        if ranges and ranges[-1][1] + 1 == number:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return tuple((low, high) for low, high in ranges)

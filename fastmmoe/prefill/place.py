@@ -43,6 +43,7 @@ class Place:
         gate, experts: of the last forward whose gate gave tokens fewer experts here, and whose experts ran on that
             choice.
         chosen: what the last prefill's gate chose here where the host does not know how many experts that are.
+        skips: whether its choice skips experts.
     """
 
     behind: int
@@ -51,12 +52,18 @@ class Place:
     gate: Token = NO_FORWARD
     experts: Token = NO_FORWARD
     chosen: tuple[Token, torch.Tensor] | None = field(default=None, repr=False)
-    _skip_below: torch.Tensor | None = field(default=None, repr=False)
+    skips: bool = field(init=False, repr=False)
+    _skip_below: torch.Tensor | None = field(default=None, init=False, repr=False)
 
-    def skip_below(self, device: torch.device) -> torch.Tensor | None:
+    def __post_init__(self):
+        # asked for in place of the numbers, of which torch.compile makes a graph each
+        self.skips = self.choice is not None and self.choice.skip_below is not None
+
+    def skip_below(self, device: torch.device) -> torch.Tensor:
         """The least weights of its choice, float32 [2], copied to a device once."""
-        if self.choice.skip_below is None:
-            return None
-        if self._skip_below is None or self._skip_below.device != device:
-            self._skip_below = torch.tensor(self.choice.skip_below, dtype=torch.float32).to(device)
-        return self._skip_below
+        if self._skip_below is not None and self._skip_below.device == device:
+            return self._skip_below
+        least = torch.tensor(self.choice.skip_below, dtype=torch.float32, device=device)
+        if type(least) is torch.Tensor:  # and not one of a mode that only looks at shapes
+            self._skip_below = least
+        return least

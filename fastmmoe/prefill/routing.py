@@ -43,7 +43,7 @@ class GatePatch(Patch):
         options = options | dict(backend=config.backend, **family.routing_options(gate, *args))
         if options["vision_mask"] is not None:
             options["vision_top_k"] = place.choice.vision_top_k
-        if place.choice.skip_below is None:
+        if not place.skips:
             options.pop("exempt_mask", None)
         else:
             options["skip_below"] = place.skip_below(hidden.device)

@@ -154,7 +154,7 @@ class ForwardPass:
         """A gate returns this output (logits [T, E], weights, ids [T, K]): tokens have fewer experts in it."""
         self.chosen_at, self.num_experts, self.chosen_ids = place, output[0].shape[-1], output[2]
         place.gate = self.token
-        if place.choice.skip_below is not None and self.has_vision:
+        if place.skips and self.has_vision:
             place.chosen = self.token, output[2]
         return output
 

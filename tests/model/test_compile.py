@@ -9,6 +9,7 @@ from fastmmoe import FastMMoEConfig
 from fastmmoe.families import find_text_model
 from fastmmoe.methods import FastVConfig, SparseVLMConfig
 
+from .methods import skipping
 from .tiny import tiny_batch, tiny_internvl
 from .tiny_deepseek import tiny_deepseek_batch, tiny_deepseek_vl2
 
@@ -56,8 +57,10 @@ def test_a_layer_compiles_without_a_graph_break(layer):
         FastMMoEConfig(vision_top_k=2, reduction_layer=1),
         FastMMoEConfig(prune_layers=(1,), retention=0.4),
         FastMMoEConfig(vision_top_k=2, reduction_layer=1, prune_layers=(1,), retention=0.4),
+        FastMMoEConfig(expert_budget=4, reduction_layer=1),
+        skipping,
     ],
-    ids=["stock", "experts", "prune", "both"],
+    ids=["stock", "experts", "prune", "both", "budget", "skipping"],
 )
 def test_layers_of_a_kind_share_one_graph(config):
     """Under a cache not even stock layers do: each finds its keys by its number."""
@@ -67,7 +70,7 @@ def test_layers_of_a_kind_share_one_graph(config):
         model = tiny_internvl(num_hidden_layers=layers)
         batch = tiny_batch(model, (1, 2))
         if config is not None:
-            fastmmoe.enable(model, config)
+            fastmmoe.enable(model, config(layers) if callable(config) else config)
         counter = CompileCounterWithBackend("eager")
         with torch.no_grad():
             want = model(**batch, use_cache=False).logits
