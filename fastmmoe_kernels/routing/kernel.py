@@ -305,11 +305,14 @@ def gate_routing_kernel(
 
 
 @cache
-def routing_blocks(num_experts: int, top_k: int, n_group: int) -> dict[str, int]:
-    """Block sizes: about 1,024 scores per program (4,096 spill registers from 72 experts on), at least one token."""
+def routing_blocks(num_experts: int, top_k: int, n_group: int, restricts: bool) -> dict[str, int]:
+    """Block sizes: about 1,024 scores per program (4,096 spill registers from 72 experts on), at least one token.
+
+    Where vision tokens choose among some experts, half as many: they may be chosen from twice.
+    """
     block_e = triton.next_power_of_2(num_experts)
     return {
-        "BLOCK_T": max(1, 1024 // block_e),
+        "BLOCK_T": max(1, (512 if restricts else 1024) // block_e),
         "BLOCK_E": block_e,
         "BLOCK_G": triton.next_power_of_2(n_group),
         "BLOCK_K": triton.next_power_of_2(top_k),
@@ -347,7 +350,8 @@ def topk_routing_triton(
     num_tokens, num_experts = logits.shape
     outputs, arguments = _outputs_and_arguments(logits, options)
     if num_tokens > 0:
-        blocks = routing_blocks(num_experts, options.top_k, options.n_group)
+        restricts = options.vision_experts is not None
+        blocks = routing_blocks(num_experts, options.top_k, options.n_group, restricts)
         topk_routing_kernel[(cdiv(num_tokens, blocks["BLOCK_T"]),)](
             stride_token=logits.stride(0), stride_expert=logits.stride(1), **arguments, **blocks
         )
@@ -525,7 +529,7 @@ def aot_variants() -> list[KernelVariant]:
                     load_bytes=min(16, max(4, tokens // (32 * blocks["num_warps"]))),
                 )
             else:
-                constants |= {"stride_expert": 1} | routing_blocks(num_experts, top_k, n_group)
+                constants |= {"stride_expert": 1} | routing_blocks(num_experts, top_k, n_group, launch.restricts)
                 unaligned = ("stride_token",) if num_experts % 16 else ()
                 variant = KernelVariant(launch.kernel, signature, constants, unaligned=unaligned)
             variants.append(variant)
