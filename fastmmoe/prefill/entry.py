@@ -55,7 +55,8 @@ class EntryPatch(Patch):
     @property
     def __signature__(self) -> inspect.Signature:
         signature = super().__signature__
-        if not (self.live and self._lends):
+        # with nothing in force the stock model runs, which would compute the last logits alone if it handed this on
+        if not (self.live and self._lends) or self.installation.plan is None:
             return signature
         others = list(signature.parameters.values())
         place = len(others) - (others[-1].kind is inspect.Parameter.VAR_KEYWORD)

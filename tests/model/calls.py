@@ -535,6 +535,17 @@ def bears_rows(family: str) -> bool:
 
 
 @cache
+def bears_several_words(family: str) -> bool:
+    """Whether a stock model decodes two words at once, behind padding too, as it does one by one."""
+    model, mask = fresh(family), batch_of(family, "mixed")["attention_mask"]
+    _, cache = prefill(model, family, "mixed")
+    mask = torch.cat((mask, mask.new_ones(len(mask), 2)), 1)
+    got = decode(model, cache, torch.tensor([WORDS[:2]] * len(mask)), mask)[:, -1]
+    want = continued(family, None, "mixed", 0, WORDS[:2])
+    return torch.allclose(got, want, 1e-4, FAMILIES[family].tolerance)
+
+
+@cache
 def can_be_offloaded(family: str) -> bool:
     """Whether a stock model can: not where a weight is read past its module."""
     from accelerate import cpu_offload

@@ -540,7 +540,7 @@ class Machine(RuleBasedStateMachine):
     @rule(kept=caches, who=threads, word=words, length=st.integers(1, 2))
     def decode(self, kept, who, word, length):
         """One or two words more, others in every row, under the config of the prefill."""
-        if len(kept.rows[0][1]) > 3:
+        if len(kept.rows[0][1]) > 3 or length > 1 and not calls.bears_several_words(self.family):
             return
         ids = [[WORDS[(word + row + place) % len(WORDS)] for place in range(length)] for row in range(len(kept.rows))]
         kept.mask = torch.cat((kept.mask, kept.mask.new_ones(len(ids), length)), 1)

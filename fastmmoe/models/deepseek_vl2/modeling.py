@@ -337,13 +337,15 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        if images is None or not (is_first_iteration or not use_cache):
+        past = 0 if cache is None else int(cache.get_seq_length())
+        # of a prompt in chunks, transformers 5.17 calls none the first
+        is_in_prompt = is_first_iteration or images_seq_mask is not None and past < images_seq_mask.shape[1]
+        if images is None or use_cache and not is_in_prompt:
             return inputs
         inputs |= {"images": images, "images_spatial_crop": images_spatial_crop, "images_seq_mask": images_seq_mask}
         if images_spatial_crop is None or images_seq_mask is None:
             return inputs  # which `forward` refuses
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        past = 0 if cache is None else int(cache.get_seq_length())
         mask, start = self._places_of_pass(images, images_seq_mask, images_spatial_crop, past, tokens.shape[1])
         is_chunk = past > 0 and images_seq_mask.shape[1] > past + tokens.shape[1]
         if is_chunk and inputs.get("input_ids") is not None and len(tokens.cpu()[mask].unique()) > 1:

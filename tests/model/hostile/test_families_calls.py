@@ -14,7 +14,7 @@ from fastmmoe import FastMMoEConfig
 from fastmmoe.methods import FastVConfig
 from fastmmoe_kernels import VisionLayout
 
-from .. import naive_loop, tiny_families
+from .. import calls, naive_loop, tiny_families
 from ..families import LOOPS
 from ..naive import Settings
 from ..test_parity_families import extended
@@ -248,3 +248,13 @@ def test_a_fixed_layout_of_models_with_recurrent_and_sliding_layers():
             want = model(**batch).logits
             with fastmmoe.fixed_layout(model, layout):
                 assert torch.equal(model(**batch).logits, want)
+
+
+@torch.no_grad()
+def test_disabled_within_a_block_every_bit_is_stock():
+    """Its head knows no `logits_to_keep` and would hand on what it is lent: last logits alone have other bits."""
+    name, use = "nemotron_h_omni", calls.uses_of("nemotron_h_omni")["greedy"]
+    want, model = calls.answer(calls.fresh(name), name, use.run), calls.fresh(name)
+    with fastmmoe.enabled(model, FastMMoEConfig()):
+        fastmmoe.disable(model)
+        assert calls.differences(calls.answer(model, name, use.run), want) is None
