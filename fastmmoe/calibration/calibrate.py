@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fastmmoe.families import architecture_of, find_text_model
 from fastmmoe.prefill.installation import plan_in_force
 from fastmmoe.report import expert_pairs
 from fastmmoe.study.questions import Example
-from fastmmoe.study.results import header
+from fastmmoe.study.results import header, write_whole
 
 NOTES = (
     "divergences: per question, modality and layer, KL(dense || without the layer's MoE), summed over the answer's "
@@ -89,23 +88,13 @@ class Calibration:
     def add(self, step: str, value: dict[str, Any]) -> None:
         """Keep a step: of "divergences" or "evaluated"."""
         self._found["calibration"][step].append(value)
-        self._write()
+        write_whole(self.path, self._found)
 
     def finish(self, config: MoDESConfig, chosen: dict[str, float]) -> None:
         self._found["calibration"]["chosen"] = chosen
         result = {"type": type(config).__name__, "config": config.to_dict()}
         self._found = result | {"calibration": self._found["calibration"]}
-        self._write()
-
-    def _write(self) -> None:
-        # a kill at any moment leaves the old or the new file
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        try:
-            partial.write_text(json.dumps(self._found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(partial, self.path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(self.path, self._found)
 
 
 def calibrate(
@@ -140,6 +129,7 @@ def calibrate(
                 work.add("divergences", divergences(model, sample))
     alphas = importances(work.divergences, len(text.layers))
     base = MoDESConfig(text_importance=alphas["text"], vision_importance=alphas["vision"])
+    # on the host: a number per word of the vocabulary for each token of every answer
     dense = [answer_log_probs(model, sample).cpu() for sample in samples]
     # text tokens of some families have experts of their own, which are not skipped
     tried = {modality: thresholds(modality) for modality in MODALITIES}

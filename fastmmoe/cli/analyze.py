@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,10 +11,10 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from fastmmoe.cli.console import console, fail, print_json, reason, refusing, stderr
+from fastmmoe.cli.console import console, fail, print_json, reason, refusing
 from fastmmoe.cli.extras import need
 from fastmmoe.cli.options import Device, Dtype, Json, NewTokens, read_device
-from fastmmoe.cli.outputs import check_writable, writing
+from fastmmoe.cli.outputs import ask_to_overwrite, check_writable, writing
 
 EXAMPLE = "Example: fastmmoe analyze --out results --workers 2 --resume"
 
@@ -112,7 +111,4 @@ def check_out(out: Path, parts: Sequence[str], resume: bool, overwrite: bool) ->
     held = ", ".join(part for part in parts if (out / f"{part}.json").exists())
     if not held or resume or overwrite:
         return
-    said = f"--out {out}: holds an earlier run's {held}"
-    if not (sys.stdin.isatty() and stderr.is_terminal):
-        fail(f"{said}; expected another directory, --resume to go on with it, or --overwrite")
-    typer.confirm(f"{said}. Overwrite?", abort=True, err=True)
+    ask_to_overwrite(f"--out {out}: holds an earlier run's {held}", "directory")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from fastmmoe.cli.console import console, fail, print_json, reason, refusing, stderr
+from fastmmoe.cli.console import console, fail, print_json, reason, refusing
 from fastmmoe.cli.extras import need
 from fastmmoe.cli.options import Device, Dtype, Json, check_model, read_device
-from fastmmoe.cli.outputs import check_writable
+from fastmmoe.cli.outputs import ask_to_overwrite, check_writable
 
 EXAMPLE = "Example: fastmmoe calibrate --target 0.6 --out modes.json"
 
@@ -88,9 +87,5 @@ def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         fail(f"--out {out}: expected a file in a directory that exists")
     check_writable("--out", out)
-    if not out.exists() or resume or overwrite:
-        return
-    said = f"--out {out}: exists"
-    if not (sys.stdin.isatty() and stderr.is_terminal):
-        fail(f"{said}; expected another file, --resume to go on with it, or --overwrite")
-    typer.confirm(f"{said}. Overwrite?", abort=True, err=True)
+    if out.exists() and not (resume or overwrite):
+        ask_to_overwrite(f"--out {out}: exists", "file")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastmmoe.cli.console import fail, reason
+import typer
+
+from fastmmoe.cli.console import fail, reason, stderr
 
 
 def check_output(output: Path) -> None:
@@ -29,6 +32,21 @@ def check_writable(option: str, path: Path) -> None:
             target.unlink()
     except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
         fail(f"{option} {path}: cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def ask_to_overwrite(said: str, kind: str) -> None:
+    """Where an earlier run's results are, `said` in a sentence: overwrite them if the user says so.
+
+    Args:
+        kind: what else could be written to, a file or a directory.
+
+    Raises:
+        typer.Abort: the user says no.
+        typer.Exit: nobody can be asked.
+    """
+    if not (sys.stdin.isatty() and stderr.is_terminal):
+        fail(f"{said}; expected another {kind}, --resume to go on with it, or --overwrite")
+    typer.confirm(f"{said}. Overwrite?", abort=True, err=True)
 
 
 @contextmanager

@@ -67,15 +67,18 @@ class PartFile:
         self._write()
 
     def _write(self) -> None:
-        # a kill at any moment leaves the old or the new file
-        partial = self.path.with_suffix(".partial")
-        content = self._header | {"complete": self.is_complete, "rows": self.rows}
-        try:
-            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(partial, self.path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(self.path, self._header | {"complete": self.is_complete, "rows": self.rows})
+
+
+def write_whole(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that a kill at any moment leaves the old or the new file."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def header(study: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
