@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from model.methods import skipping
 from model.tiny import tiny_internvl
 from transformers import AutoModelForImageTextToText
 
 import fastmmoe
-from fastmmoe.methods import FastMMoEConfig
+from fastmmoe.methods import FastMMoEConfig, MoDESConfig
 from fastmmoe.scenes import CHECKPOINT
 from fastmmoe.study import methods
 from fastmmoe.study.methods import Setting
@@ -130,3 +131,22 @@ def test_changes_of_a_row_rebuild_its_config(setting):
         again = methods.fastmmoe_method(setting, "x", method.placement, method.retention, {}, changes)
         assert again.configs == method.configs
     assert methods.changes_of(setting, FastMMoEConfig(prune_layers=(1,), retention=0.5).to_dict()) == {}
+
+
+def test_a_calibrated_config_is_compared_alone_and_with_pruning(tmp_path):
+    path = tmp_path / "modes.json"
+    config = skipping(8)
+    path.write_text(json.dumps({"type": "MoDESConfig", "config": config.to_dict()}))
+    assert methods.read_calibration(path) == config
+    found = Setting.of(tiny_internvl(num_hidden_layers=8), 100, (config,))
+    grid = [method for method in methods.main_grid(found) if isinstance(method.config, MoDESConfig)]
+    alone, *pruned = grid
+    assert alone.config == config and {method.name for method in pruned} == {"MoDES"}
+    assert len(pruned) == len(found.expert_reductions) * len(found.placements) * len(methods.RETENTIONS)
+    assert all(method.config.text_importance == config.text_importance for method in pruned)
+    with pytest.raises(ValueError, match="text_importance"):
+        Setting.of(tiny_internvl(), 100, (config,))
+    for content in ("", "{}", '{"type": "Other", "config": {}}', '{"type": "MoDESConfig", "config": {"speed": 1}}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="holds no calibrated config"):
+            methods.read_calibration(path)
