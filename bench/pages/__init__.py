@@ -1,0 +1,1 @@
+"""Pages of dense text: pictures, questions about them, a small Qwen3-VL-MoE that reads them, and its training."""

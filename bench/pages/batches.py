@@ -1,0 +1,115 @@
+"""Training batches: pages, and many questions about each in one packed sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pages.layout import BAR, Page
+from pages.questions import TYPES, Question, ask, types_of
+from pages.words import COLUMNS, ROWS, VOCABULARY, token_ids
+
+EOS, PAD = VOCABULARY["<eos>"], VOCABULARY["<pad>"]
+IGNORE = -100  # cross entropy's default
+NAMES = list(TYPES)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pages with their questions packed behind them: a question sees its page and itself.
+
+    `ids` [B, L] and `positions` [3, B, L] (M-RoPE's: time, height, width), `mask` bool [B, 1, L, L] (true: may look),
+    `labels` [B, L] with the next token where it is part of an answer, `owner` [B, L] the number of the question that
+    a token belongs to (-1: none), `types` the number of every question's type, questions in the order of `owner`.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    owner: torch.Tensor
+    types: torch.Tensor
+
+
+def draw_questions(page: Page, rng: np.random.Generator, weights: np.ndarray, count: int) -> list[Question]:
+    """Up to `count` different questions, types by weight; a poor page has fewer."""
+    names = types_of(page.kind)
+    chances = np.array([weights[NAMES.index(name)] for name in names])
+    found: dict[str, Question] = {}
+    for number in rng.choice(len(names), 2 * count, p=chances / chances.sum()):
+        question = ask(page, names[number], rng)
+        if question is not None and len(found) < count:
+            found.setdefault(question.text, question)
+    return list(found.values())
+
+
+def image_positions(side: int) -> torch.Tensor:
+    """M-RoPE's positions of `<vision>`, side x side vision tokens and `</vision>`, [3, side * side + 2]."""
+    place = torch.arange(side)
+    rows, columns = place.repeat_interleave(side), place.repeat(side)
+    inner = 1 + torch.stack((torch.zeros_like(rows), rows, columns))
+    return torch.cat((torch.zeros(3, 1, dtype=torch.int64), inner, torch.full((3, 1), 1 + side)), 1)
+
+
+def pack(asked: list[list[Question]], side: int) -> Batch:
+    """Questions about pages of side x side vision tokens as one batch."""
+    image = [VOCABULARY["<vision>"], *[VOCABULARY["<image>"]] * side**2, VOCABULARY["</vision>"]]
+    prefix, first = len(image), side + 2  # tokens; position of the first word
+    rows, types = [], []
+    for questions in asked:
+        ids, positions, labels, owner = list(image), [], [IGNORE] * prefix, [-1] * prefix
+        for question in questions:
+            prompt, answer = token_ids(question.text), token_ids(question.answer)
+            ids += prompt + answer
+            positions += range(first, first + len(prompt) + len(answer))
+            labels += [IGNORE] * (len(prompt) - 1) + list(answer) + [EOS]
+            owner += [len(types)] * (len(prompt) + len(answer))
+            types.append(NAMES.index(question.type))
+        rows.append((ids, positions, labels, owner))
+    length = max(len(ids) for ids, *_ in rows)
+    ids, labels, owner = (
+        torch.tensor([values + [fill] * (length - len(values)) for values in column])
+        for column, fill in zip(
+            ([row[i] for row in rows] for i in (0, 2, 3)), (PAD, IGNORE, -1), strict=True
+        )
+    )
+    words = torch.tensor([row[1] + [0] * (length - prefix - len(row[1])) for row in rows])
+    positions = torch.cat(
+        (image_positions(side)[:, None].expand(-1, len(rows), -1), words.expand(3, -1, -1)), 2
+    )
+    steps = torch.arange(length)
+    mask = (steps < prefix) | (owner[:, None, :] == owner[:, :, None])
+    mask = (mask & (steps <= steps[:, None]))[:, None]
+    return Batch(ids, positions, mask, labels, owner, torch.tensor(types))
+
+
+def cell_labels(pages: list[Page], side: int) -> torch.Tensor:
+    """What every vision token shows, int64 [B, side * side, 3]: the tokens of its text, -1 where there are fewer."""
+    labels = torch.full((len(pages), side * side, 3), -1)
+    for number, page in enumerate(pages):
+        for (row, column), text in page.cells.items():
+            ids = (VOCABULARY["bars"],) if text == BAR else token_ids(text)
+            labels[number, row * side + column, : len(ids)] = torch.tensor(ids)
+    return labels
+
+
+def ideal_features(labels: torch.Tensor, table: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vision tokens that say in the words' own embeddings what they show, and, one layer deeper, where they stand.
+
+    Args:
+        labels: of `cell_labels`, [B, side * side, 3].
+        table: the words' embeddings, [V, H].
+
+    Returns:
+        Features [B, side * side, H]: the sum over a text's tokens. DeepStack features of the same shape: the sum of
+        a row's and a column's name.
+    """
+    padded = torch.cat((table, table.new_zeros(1, table.shape[1])))
+    features = padded[labels].sum(2)  # -1: the row of zeros
+    rows, columns = (
+        table[torch.tensor([VOCABULARY[name] for name in names[:side]])] for names in (ROWS, COLUMNS)
+    )
+    places = (rows[:, None] + columns[None]).flatten(0, 1)
+    return features, places.expand_as(features)
