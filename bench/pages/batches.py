@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pages.layout import BAR, Page
+from pages.model import MERGE, PATCH, TOKEN
 from pages.questions import TYPES, Question, ask, types_of
 from pages.words import COLUMNS, ROWS, VOCABULARY, token_ids
 
@@ -96,15 +97,17 @@ def cell_labels(pages: list[Page], side: int) -> torch.Tensor:
 
 
 def ideal_features(labels: torch.Tensor, table: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vision tokens that say in the words' own embeddings what they show, and, one layer deeper, where they stand.
+    """Vision tokens that say by the words' own embeddings what they show, and, one layer deeper, where they stand.
+
+    By minus the embeddings, that is: a word that looks for what is most unlike itself finds the cell that shows it.
 
     Args:
         labels: of `cell_labels`, [B, side * side, 3].
         table: the words' embeddings, [V, H].
 
     Returns:
-        Features [B, side * side, H]: the sum over a text's tokens. DeepStack features of the same shape: the sum of
-        a row's and a column's name.
+        Features [B, side * side, H]: minus the sum over a text's tokens. DeepStack features of the same shape: minus
+        the sum of a row's and a column's name.
     """
     padded = torch.cat((table, table.new_zeros(1, table.shape[1])))
     features = padded[labels].sum(2)  # -1: the row of zeros
@@ -112,4 +115,15 @@ def ideal_features(labels: torch.Tensor, table: torch.Tensor, side: int) -> tupl
         table[torch.tensor([VOCABULARY[name] for name in names[:side]])] for names in (ROWS, COLUMNS)
     )
     places = (rows[:, None] + columns[None]).flatten(0, 1)
-    return features, places.expand_as(features)
+    return -features, -places.expand_as(features)
+
+
+def patches(pictures: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the processor makes of pictures of one size: patches [P, 1176] in -1..1, and the grids, [B, 3]."""
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    side = pixels.shape[2] // TOKEN
+    # [B, 3, row, row in token, y, column, column in token, x] -> the patches of a vision token beside each other
+    pixels = pixels.view(len(pictures), 3, side, MERGE, PATCH, side, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    frames = pixels.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # a picture is two equal frames
+    grid = torch.tensor([[1, side * MERGE, side * MERGE]]).expand(len(pictures), -1)
+    return frames.flatten(0, 4).flatten(1), grid

@@ -6,14 +6,15 @@ matplotlib brings DejaVu, STIX and Computer Modern, the `pages` extra the rest.
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from pages.words import Split
 
-SIZES = (10, 11, 12, 13)  # pixels per em
+SIZES = (10, 11, 12)  # pixels per em
+STRETCHES = (0.95, 1.05, 1.2)  # of the width
 
 # package and file of every style
 FONTS: dict[Split, tuple[tuple[str, str], ...]] = {
@@ -21,18 +22,31 @@ FONTS: dict[Split, tuple[tuple[str, str], ...]] = {
         ("matplotlib", "DejaVuSans.ttf"),
         ("matplotlib", "DejaVuSans-Bold.ttf"),
         ("matplotlib", "DejaVuSans-Oblique.ttf"),
+        ("matplotlib", "DejaVuSerif.ttf"),
+        ("matplotlib", "DejaVuSerif-Italic.ttf"),
         ("matplotlib", "DejaVuSansMono.ttf"),
+        ("matplotlib", "DejaVuSansMono-Bold.ttf"),
         ("matplotlib", "cmr10.ttf"),
         ("matplotlib", "cmss10.ttf"),
         ("matplotlib", "cmtt10.ttf"),
+        ("matplotlib", "cmti10.ttf"),
+        ("matplotlib", "cmb10.ttf"),
+        ("font_source_sans_pro", "SourceSansPro-Light.ttf"),
         ("font_source_sans_pro", "SourceSansPro-Regular.ttf"),
         ("font_source_sans_pro", "SourceSansPro-Semibold.ttf"),
+        ("font_source_sans_pro", "SourceSansPro-Black.ttf"),
         ("font_source_sans_pro", "SourceSansPro-It.ttf"),
+        ("font_source_sans_pro", "SourceSansPro-SemiboldIt.ttf"),
+        ("font_source_serif_pro", "SourceSerifPro-Light.ttf"),
         ("font_source_serif_pro", "SourceSerifPro-Regular.ttf"),
-        ("font_source_serif_pro", "SourceSerifPro-Bold.ttf"),
+        ("font_source_serif_pro", "SourceSerifPro-Semibold.ttf"),
+        ("font_source_serif_pro", "SourceSerifPro-Black.ttf"),
         ("font_source_serif_pro", "SourceSerifPro-It.ttf"),
+        ("font_source_serif_pro", "SourceSerifPro-SemiboldIt.ttf"),
+        ("font_manrope", "Manrope-Light.ttf"),
         ("font_manrope", "Manrope-Regular.ttf"),
-        ("font_manrope", "Manrope-Bold.ttf"),
+        ("font_manrope", "Manrope-SemiBold.ttf"),
+        ("font_manrope", "Manrope-ExtraBold.ttf"),
     ),
     "dev": (
         ("font_hanken_grotesk", "HankenGrotesk-Regular.otf"),
@@ -44,7 +58,6 @@ FONTS: dict[Split, tuple[tuple[str, str], ...]] = {
         ("font_lato", "Lato-Bold.ttf"),
         ("font_caladea", "Caladea-Regular.ttf"),
         ("font_caladea", "Caladea-Bold.ttf"),
-        ("matplotlib", "DejaVuSerif.ttf"),
     ),
 }
 
@@ -66,15 +79,16 @@ def _font(package: str, name: str, size: int):
     return ImageFont.truetype(str(_file(package, name)), size)
 
 
-@cache
-def ink(font: tuple[str, str], size: int, text: str, widest: int) -> np.ndarray:
-    """A text as ink, float32 [1.5 * size, width] in 0..1, its baseline at 1.1 * size; squeezed where it is too wide."""
+@lru_cache(50_000)
+def ink(font: tuple[str, str], size: int, stretch: float, text: str, widest: int) -> np.ndarray:
+    """A text as ink, uint8 [1.5 * size, width] (255: ink), its baseline at 1.1 * size; at most `widest` pixels wide."""
     from PIL import Image, ImageDraw
 
     drawn = _font(*font, size)
     left, _, right, _ = drawn.getbbox(text, anchor="ls")
     image = Image.new("L", (right - left, round(1.5 * size)))
     ImageDraw.Draw(image).text((-left, round(1.1 * size)), text, fill=255, font=drawn, anchor="ls")
-    if image.width > widest:
-        image = image.resize((widest, image.height), Image.Resampling.BILINEAR)
-    return np.asarray(image, np.float32) / 255
+    width = min(max(1, round(stretch * image.width)), widest)
+    if width != image.width:
+        image = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    return np.asarray(image)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pages.words import KINDS, SIDE, SPLITS, Split, words
+from pages.words import KINDS, SIDE, SPLITS, WORDS, Split, words
 
 BAR = "<bar>"  # a cell full of ink
+FIRST, SECOND = (tuple(sorted({word[part] for word in WORDS})) for part in (slice(2), slice(2, 4)))
 
 Place = tuple[int, int]  # row and column, from 0, top left
 
@@ -148,3 +149,25 @@ def _chart(rng: np.random.Generator, split: Split, side: int) -> Page:
         cells[row, left] = label
         cells |= {(row, left + 1 + number): BAR for number in range(int(length))}
     return Page("chart", cells, entries=tuple(entries))
+
+
+def syllables(split: Split, index: int, side: int) -> Page:
+    """A full page to learn letters from: any first half of a word with any second half, unless dev or test has that."""
+    rng = generator(split, index)
+    held_out = {word for name in SPLITS if name != split for word in words(name)}
+    cells: dict[Place, str] = {}
+    for row in range(side):
+        for column in range(side):
+            chance = rng.random()
+            if chance < 0.7:
+                word = next(iter(held_out))
+                while word in held_out:
+                    word = "".join(halves[int(rng.integers(len(halves)))] for halves in (FIRST, SECOND))
+                cells[row, column] = word
+            elif chance < 0.9:
+                # numbers of one, two and three digits
+                digits = 2 if chance < 0.82 else 1 if chance < 0.86 else 3
+                cells[row, column] = str(int(rng.integers(10 ** (digits - 1), 10**digits)))
+            elif chance < 0.93:
+                cells[row, column] = BAR
+    return Page("text", cells)

@@ -65,20 +65,20 @@ def _greater(name: str, pair: tuple[Entry, Entry] | None, number: int) -> Asked:
         return None
     one, other = pair
     answer = max(pair, key=lambda entry: entry.numbers[number]).label
-    return f"{name} {one.label} or {other.label} ?", answer
+    return f"{name} {one.label} or {other.label}", answer
 
 
 def _greatest(name: str, page: Page, number: int) -> Asked:
     numbers = [entry.numbers[number] for entry in page.entries]
     if numbers.count(max(numbers)) > 1:
         return None
-    return f"{name} ?", page.entries[numbers.index(max(numbers))].label
+    return f"{name}", page.entries[numbers.index(max(numbers))].label
 
 
 def _read(page: Page, rng: np.random.Generator) -> Asked:
     places = [place for place, text in page.cells.items() if text != BAR]
     place = _one(places, rng)
-    return f"at {_place(*place)} ?", page.cells[place]
+    return f"at {_place(*place)}", page.cells[place]
 
 
 def _after(page: Page, rng: np.random.Generator) -> Asked:
@@ -86,7 +86,7 @@ def _after(page: Page, rng: np.random.Generator) -> Asked:
     if not found:
         return None
     text, answer = _one(found, rng)
-    return f"after {text} ?", answer
+    return f"after {text}", answer
 
 
 def _below(page: Page, rng: np.random.Generator) -> Asked:
@@ -95,14 +95,14 @@ def _below(page: Page, rng: np.random.Generator) -> Asked:
     if not found:
         return None
     text, answer = _one(found, rng)
-    return f"below {text} ?", answer
+    return f"below {text}", answer
 
 
 def _where(page: Page, rng: np.random.Generator) -> Asked:
     if not (unique := _unique(page)):
         return None
     text = _one(sorted(unique), rng)
-    return f"where is {text} ?", _place(*unique[text])
+    return f"where is {text}", _place(*unique[text])
 
 
 def _exists(page: Page, rng: np.random.Generator) -> Asked:
@@ -110,10 +110,10 @@ def _exists(page: Page, rng: np.random.Generator) -> Asked:
     if not present:
         return None
     if rng.random() < 0.5:
-        return f"is there {_one(present, rng)} ?", "yes"
+        return f"is there {_one(present, rng)}", "yes"
     split = next(name for name in ("train", "dev", "test") if present[0] in words(name))
     absent = _one(words(split), rng)
-    return None if absent in present else (f"is there {absent} ?", "no")
+    return None if absent in present else (f"is there {absent}", "no")
 
 
 def _count(page: Page, rng: np.random.Generator) -> Asked:
@@ -124,17 +124,17 @@ def _count(page: Page, rng: np.random.Generator) -> Asked:
     if not pool:
         return None
     text = _one(pool, rng)
-    return f"times {text} ?", str(counts[text])
+    return f"times {text}", str(counts[text])
 
 
 def _cell(page: Page, rng: np.random.Generator) -> Asked:
     entry, column = _one(page.entries, rng), int(rng.integers(len(page.headers)))
-    return f"{page.headers[column]} of {entry.label} ?", str(entry.numbers[column])
+    return f"{page.headers[column]} of {entry.label}", str(entry.numbers[column])
 
 
 def _find(page: Page, rng: np.random.Generator) -> Asked:
     entry, column = _one(page.entries, rng), int(rng.integers(len(page.headers)))
-    return f"which has {entry.numbers[column]} in {page.headers[column]} ?", entry.label
+    return f"which has {entry.numbers[column]} in {page.headers[column]}", entry.label
 
 
 def _larger(page: Page, rng: np.random.Generator) -> Asked:
@@ -149,36 +149,36 @@ def _largest(page: Page, rng: np.random.Generator) -> Asked:
 
 def _next_column(page: Page, rng: np.random.Generator) -> Asked:
     column = int(rng.integers(len(page.headers) - 1))
-    return f"column after {page.headers[column]} ?", page.headers[column + 1]
+    return f"column after {page.headers[column]}", page.headers[column + 1]
 
 
 def _price(page: Page, rng: np.random.Generator) -> Asked:
     entry = _one(page.entries, rng)
-    return f"price of {entry.label} ?", str(entry.numbers[1])
+    return f"price of {entry.label}", str(entry.numbers[1])
 
 
 def _quantity(page: Page, rng: np.random.Generator) -> Asked:
     entry = _one(page.entries, rng)
-    return f"quantity of {entry.label} ?", str(entry.numbers[0])
+    return f"quantity of {entry.label}", str(entry.numbers[0])
 
 
 def _together(page: Page, rng: np.random.Generator) -> Asked:
     one, other = (page.entries[i] for i in rng.choice(len(page.entries), 2, replace=False))
-    return f"sum {one.label} and {other.label} ?", str(one.numbers[0] + other.numbers[0])
+    return f"sum {one.label} and {other.label}", str(one.numbers[0] + other.numbers[0])
 
 
 def _length(page: Page, rng: np.random.Generator) -> Asked:
     entry = _one(page.entries, rng)
-    return f"length of {entry.label} ?", str(entry.numbers[0])
+    return f"length of {entry.label}", str(entry.numbers[0])
 
 
 def _above(page: Page, rng: np.random.Generator) -> Asked:
     least = int(rng.integers(1, 9))
-    return f"number above {least} ?", str(sum(entry.numbers[0] > least for entry in page.entries))
+    return f"number above {least}", str(sum(entry.numbers[0] > least for entry in page.entries))
 
 
 def _entries(page: Page, rng: np.random.Generator) -> Asked:
-    return f"number of {ENTRIES[page.kind]} ?", str(len(page.entries))
+    return f"number of {ENTRIES[page.kind]}", str(len(page.entries))
 
 
 ENTRIES = {"table": "rows", "receipt": "items", "chart": "bars"}
@@ -191,7 +191,7 @@ TYPES: dict[str, tuple[str, Callable[[Page, np.random.Generator], Asked]]] = {
     "find": ("table", _find),
     "price": ("receipt", _price),
     "quantity": ("receipt", _quantity),
-    "total": ("receipt", lambda page, rng: ("total ?", str(page.total))),
+    "total": ("receipt", lambda page, rng: ("total", str(page.total))),
     "length": ("chart", _length),
     "exists": ("text table receipt chart", _exists),
     "count": ("text", _count),
@@ -205,13 +205,13 @@ TYPES: dict[str, tuple[str, Callable[[Page, np.random.Generator], Asked]]] = {
     "above": ("chart", _above),
     "below": ("text", _below),
     "where": ("text table receipt chart", _where),
-    "lines": ("text", lambda page, rng: ("number of lines ?", str(len(page.lines)))),
-    "columns": ("table", lambda page, rng: ("number of columns ?", str(len(page.headers)))),
+    "lines": ("text", lambda page, rng: ("number of lines", str(len(page.lines)))),
+    "columns": ("table", lambda page, rng: ("number of columns", str(len(page.headers)))),
     "entries": ("table receipt chart", _entries),
     "next column": ("table", _next_column),
-    "first": ("receipt chart", lambda page, rng: ("first item ?", page.entries[0].label)),
-    "last": ("receipt chart", lambda page, rng: ("last item ?", page.entries[-1].label)),
-    "kind": ("text table receipt chart", lambda page, rng: ("kind ?", page.kind)),
+    "first": ("receipt chart", lambda page, rng: ("first item", page.entries[0].label)),
+    "last": ("receipt chart", lambda page, rng: ("last item", page.entries[-1].label)),
+    "kind": ("text table receipt chart", lambda page, rng: ("kind", page.kind)),
 }
 
 GROUPS = {

@@ -60,7 +60,7 @@ KINDS = ("text", "table", "receipt", "chart")
 KEYWORDS = (
     *KINDS, "item", "items", "at", "after", "below", "where", "is", "there", "times", "lines", "of", "which", "has", "in",
     "max", "larger", "or", "rows", "columns", "column", "price", "quantity", "total", "dearest", "dearer", "sum", "and",
-    "first", "last", "length", "bars", "longest", "longer", "above", "number", "kind", "yes", "no", "?",
+    "first", "last", "length", "bars", "longest", "longer", "above", "number", "kind", "yes", "no",
 )  # fmt: skip
 
 

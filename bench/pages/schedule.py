@@ -1,0 +1,42 @@
+"""What changes over the training: the size of the pages and of the batches, and the learning rates."""
+
+from dataclasses import dataclass
+
+from pages.words import SIDE
+
+WARMUP = 30  # steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A number of steps on pages of one size.
+
+    Attributes:
+        task: "answer" questions about ideal vision tokens, "read" what vision tokens show, "place": read whole pages,
+            "join": answer questions about pictures.
+        side: of a page, in vision tokens.
+        pages: per step.
+        rate: factor of the learning rates at its start and at its end, linear between.
+    """
+
+    task: str
+    steps: int
+    side: int
+    pages: int
+    rate: tuple[float, float]
+
+
+STAGES = (
+    Stage("answer", 1500, 8, 16, (1.0, 1.0)),
+    Stage("answer", 500, 12, 16, (1.0, 0.8)),
+    Stage("answer", 800, SIDE, 16, (0.8, 0.2)),
+    Stage("read", 2600, 6, 32, (1.0, 0.3)),
+    Stage("place", 200, SIDE, 8, (0.5, 0.3)),
+    Stage("join", 800, SIDE, 8, (0.4, 0.0)),
+)
+
+
+def rate(stage: Stage, step: int) -> float:
+    """Factor of the learning rates at a step of a stage."""
+    first, last = stage.rate
+    return min(1.0, (step + 1) / WARMUP) * (first + (last - first) * step / stage.steps)
