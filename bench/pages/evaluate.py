@@ -3,7 +3,6 @@
     python bench/pages/evaluate.py --checkpoint bench/pages/checkpoint --split test --pages 500
 """
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path

@@ -30,6 +30,9 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance
+from quality import dispatch
+from quality.muon import Muon
+from quality.train import average_gradients, balance_loss
 
 from pages.batches import IGNORE, NAMES, cell_labels, draw_questions, ideal_features, pack, patches
 from pages.evaluate import answer_logits, evaluate_packed, right_answers, summarise
@@ -39,9 +42,6 @@ from pages.processor import save_processor
 from pages.render import render
 from pages.schedule import STAGES, Stage, rate
 from pages.words import VOCABULARY
-from quality import dispatch
-from quality.muon import Muon
-from quality.train import average_gradients, balance_loss
 
 PAGES_PER_SEED = 100_000_000  # trainings from different seeds see different pages
 PAGES_PER_STAGE = 10_000_000
