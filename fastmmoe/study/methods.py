@@ -131,9 +131,7 @@ class Setting:
     no_budget: str = ""
 
     @classmethod
-    def of(
-        cls, model: PreTrainedModel, n_vision: int | None, calibrated: tuple[ReductionConfig, ...] = ()
-    ) -> Setting:
+    def of(cls, model: PreTrainedModel, n_vision: int | None, calibrated: tuple[ReductionConfig, ...] = ()) -> Setting:
         family, text, _ = find_text_model(model)
         moe = next(layer for layer in text.layers if family.is_moe(layer))
         top_k = family.routing_options(family.gate_of(moe))["top_k"]

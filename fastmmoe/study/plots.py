@@ -106,9 +106,7 @@ def budget_figure(rows: Sequence[Row]) -> Figure:
     return _experts_figure(rows, "expert_budget", words, title, lambda row: row["time_ratio_predicted"][SHOWN])
 
 
-def _experts_figure(
-    rows: Sequence[Row], column: str, words: str, title: str, cost: Callable[[Row], float]
-) -> Figure:
+def _experts_figure(rows: Sequence[Row], column: str, words: str, title: str, cost: Callable[[Row], float]) -> Figure:
     """Accuracy, and a cost under its title, by first layer and number of experts in a column; the dense row first."""
     dense, rest = rows[0], rows[1:]
     layers = sorted({row["reduction_layer"] for row in rest})

@@ -1,4 +1,4 @@
-"""How long a prefill would take under a method on devices that are not here: by calculation, of the dense model's time."""
+"""What share of the dense model's time a prefill would take on devices that are not here, by calculation."""
 
 from __future__ import annotations
 

@@ -56,9 +56,9 @@ NOTES = (
     "One checkpoint, of one training seed: standard errors cover the questions, not the training.",
     "standard_error is binomial; differences of methods are paired, on the same questions.",
     "flops: the language model's prefill per prompt; flops_ratio: of the dense model's.",
-    "time_ratio_predicted: device -> calculated floor of the prefill's time (fastmmoe.prefill_time), of the dense model's; "
-    "one prompt per forward, the split's of median length, with the pairs of a token and an expert that ran of it. "
-    "A small model takes its launches' time there.",
+    "time_ratio_predicted: device -> floor of the prefill's time by fastmmoe.prefill_time, of the dense model's; one "
+    "prompt per forward, the split's of median length, with the pairs of a token and an expert that ran. Calculated, "
+    "not measured; a small model takes its launches' time there.",
     "budget: one prompt per forward, as all prompts of a forward share a budget; elsewhere batches.",
     "ablations are on dev; the setting with the best mean over layers and retentions there is `chosen`.",
 )

@@ -149,9 +149,10 @@ def _type_tables(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _by_type(title: str, lines: Iterable[tuple[str, Row]], names: Sequence[str]) -> str:
-    body = [
-        [label, f"{row['accuracy']:.3f}", *(f"{row['types'][name]:.3f}" for name in names)] for label, row in lines
-    ]
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    body = [[label, share(row["accuracy"]), *(share(row["types"].get(name)) for name in names)] for label, row in lines]
     return _table([title, "all", *names], body)
 
 
