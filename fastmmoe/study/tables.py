@@ -166,7 +166,7 @@ def _experts_table(rows: Sequence[Row], column: str, symbol: str) -> str:
         for layer in sorted({row["reduction_layer"] for row in rows[1:]})
     ]
     table = _table(["l_v", *(f"{symbol} = {count}" for count in counts)], body)
-    return f"{table}\n\nDense: {dense['accuracy']:.3f} ± {dense['standard_error']:.3f}. {_legend(rows)}"
+    return f"{table}\n\nDense: {dense['accuracy']:.3f} ± {dense['standard_error']:.3f}.\n\n{_legend(rows)}"
 
 
 def _budget(result: Mapping[str, Any]) -> Iterable[str]:
