@@ -40,7 +40,9 @@ def test_rows_and_tables_have_calculated_times(settings, tmp_path, monkeypatch):
 
     row = next(row for row in parts["methods"]["rows"] if (row["placement"], row["retention"]) == ("early", 0.25))
     (first, *_), key = DEVICES, methods.key_of(row)
-    costs = f"{row['flops_ratio']:.2f}; {first} {row['time_ratio_predicted'][first]:.2f}; {times[key]['time_ratio']:.2f}"
+    costs = (
+        f"{row['flops_ratio']:.2f}; {first} {row['time_ratio_predicted'][first]:.2f}; {times[key]['time_ratio']:.2f}"
+    )
     assert cells(text, "pruned at 1 (early) | 0.5 left")[row["method"]][1].endswith(f"({costs})")
     assert f"{first}: calculated time of one prompt's prefill there / dense" in text
 
