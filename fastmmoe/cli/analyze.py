@@ -32,7 +32,8 @@ def analyze(
     parts: Annotated[
         str | None,
         typer.Option(
-            help="Some of methods, heatmap, routing, magnitude, ablations, chosen, timing, with commas between.",
+            help="Some of methods, heatmap, routing, magnitude, ablations, chosen, budget, timing, "
+            "with commas between.",
             show_default="all that have questions",
         ),
     ] = None,

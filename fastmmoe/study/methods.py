@@ -13,18 +13,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastmmoe.config import ReductionConfig
-from fastmmoe.families import find_text_model
+from fastmmoe.families import Family, architecture_of, find_text_model
 from fastmmoe.methods import METHODS, FastMMoEConfig
 from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.fastmmoe import STUDY_VARIANTS, study_configs
+from fastmmoe.prefill.plan import Plan
 
 _KINDS = {config.__name__: config for config in METHODS}
 
 RETENTIONS = (0.75, 0.5, 0.25)
 CHOSEN = "FastMMoE, chosen on dev"
+BUDGET_SHARES = (0.5, 0.375, 0.25, 0.125)  # of a layer's experts
 
 # ablations: one factor at a time away from a base, whose own setting stands among the values or not
 ABLATION_RETENTIONS = (0.25,)  # where methods differ
@@ -64,20 +67,27 @@ class Method:
     def config(self) -> ReductionConfig | None:
         return self.config_of(0)
 
+    @property
+    def expert_budget(self) -> int | None:
+        """How many experts the vision tokens of a forward share: what a prompt gets depends on its batch."""
+        return getattr(self.config, "expert_budget", None)
+
     def describe(self) -> dict[str, Any]:
         """The first columns of a row of results."""
-        config = self.config
+        config, budget = self.config, self.expert_budget
         top_k = None if config is None else config.vision_top_k
-        return {
+        has_fewer = top_k is not None or budget is not None
+        described = {
             "method": self.name,
             "factor": self.factor,
             "placement": self.placement,
             "prune_layers": [] if config is None else list(config.prune_layers),
             "retention": self.retention,
             "vision_top_k": top_k,
-            "reduction_layer": None if top_k is None else config.reduction_layer,
+            "reduction_layer": config.reduction_layer if has_fewer else None,
             "config": None if config is None else {"type": type(config).__name__, **config.to_dict()},
         }
+        return described if budget is None else described | {"expert_budget": budget}
 
     @property
     def key(self) -> tuple:
@@ -108,6 +118,8 @@ class Setting:
         preset: of its family, at layers that fit.
         n_vision: vision tokens of every prompt; None where prompts differ.
         calibrated: configs that were found for the model.
+        budgets: numbers of distinct experts that vision tokens may share, falling; none where they cannot.
+        no_budget: why they cannot; "" where they can.
     """
 
     layers: int
@@ -115,11 +127,11 @@ class Setting:
     preset: FastMMoEConfig
     n_vision: int | None
     calibrated: tuple[ReductionConfig, ...] = ()
+    budgets: tuple[int, ...] = ()
+    no_budget: str = ""
 
     @classmethod
-    def of(
-        cls, model: PreTrainedModel, n_vision: int | None, calibrated: tuple[ReductionConfig, ...] = ()
-    ) -> Setting:
+    def of(cls, model: PreTrainedModel, n_vision: int | None, calibrated: tuple[ReductionConfig, ...] = ()) -> Setting:
         family, text, _ = find_text_model(model)
         moe = next(layer for layer in text.layers if family.is_moe(layer))
         top_k = family.routing_options(family.gate_of(moe))["top_k"]
@@ -127,7 +139,9 @@ class Setting:
         preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
         for config in calibrated:
             config.check_model(len(text.layers), top_k)
-        return cls(len(text.layers), top_k, preset, n_vision, calibrated)
+        reason = _why_no_budget(family, text, top_k)
+        budgets = () if reason else _budgets(architecture_of(text.config).num_experts, top_k)
+        return cls(len(text.layers), top_k, preset, n_vision, calibrated, budgets, reason)
 
     @property
     def placements(self) -> dict[str, tuple[int, ...]]:
@@ -213,6 +227,17 @@ def heatmap_grid(setting: Setting) -> list[Method]:
     ]
 
 
+def budget_grid(setting: Setting) -> list[Method]:
+    """An expert budget alone, for every number B and first layer; none where the model allows no budget."""
+    depth = setting.layers
+    return [
+        Method("expert budget", configs=(FastMMoEConfig(expert_budget=budget, reduction_layer=layer),))
+        for layer in sorted({0, 2, depth // 4, depth // 2})
+        for budget in setting.budgets
+        if layer < depth
+    ]
+
+
 def ablation_grid(setting: Setting) -> list[Method]:
     """One factor at a time away from each base, at every placement, all experts; equal configs once."""
     methods: dict[tuple, Method] = {}
@@ -255,6 +280,20 @@ def _official_layers(model: PreTrainedModel, depth: int) -> tuple[int, ...]:
         layers.append(max(round(share * depth), layers[-1] + 1 if layers else 1))
     # behind the last layer there is nothing to save
     return tuple(layer for layer in layers if layer < depth - 1)
+
+
+def _why_no_budget(family: Family, text: nn.Module, top_k: int) -> str:
+    """What refuses the smallest expert budget; "" if nothing does."""
+    try:
+        Plan.of(family, text, FastMMoEConfig(expert_budget=top_k, reduction_layer=0))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _budgets(num_experts: int, top_k: int) -> tuple[int, ...]:
+    """Shares of a layer's experts, as many as a token takes at least."""
+    return tuple(sorted({max(top_k, round(share * num_experts)) for share in BUDGET_SHARES}, reverse=True))
 
 
 def _heatmap_layers(depth: int) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastmmoe.study.methods import CHOSEN, FACTORS, entries
+from fastmmoe.study.prediction import SHOWN
 from fastmmoe.study.results import read_parts
 from fastmmoe.study.study import PARTS
 
@@ -40,6 +41,8 @@ def draw_plots(out: Path) -> list[Path]:
         figures["magnitude"] = magnitude_figure(rows["magnitude"])
     if "ablations" in rows:
         figures["ablations"] = ablations_figure(rows["ablations"])
+    if rows.get("budget"):  # some models allow none
+        figures["budget"] = budget_figure(rows["budget"])
     if "timing" in rows:
         figures["timing"] = timing_figure(rows["timing"])
     for name, figure in figures.items():
@@ -93,19 +96,31 @@ def types_figure(rows: Sequence[Row]) -> Figure:
 
 def heatmap_figure(rows: Sequence[Row]) -> Figure:
     """Accuracy and FLOPs by first layer l_v and number of experts K_v."""
+    words = "experts per vision token, K_v"
+    return _experts_figure(rows, "vision_top_k", words, "FLOPs / dense", lambda row: row["flops_ratio"])
+
+
+def budget_figure(rows: Sequence[Row]) -> Figure:
+    """Accuracy and calculated time by first layer l_v and number of distinct experts B."""
+    words, title = "distinct experts of vision tokens, B", f"{SHOWN}: calculated time / dense"
+    return _experts_figure(rows, "expert_budget", words, title, lambda row: row["time_ratio_predicted"][SHOWN])
+
+
+def _experts_figure(rows: Sequence[Row], column: str, words: str, title: str, cost: Callable[[Row], float]) -> Figure:
+    """Accuracy, and a cost under its title, by first layer and number of experts in a column; the dense row first."""
     dense, rest = rows[0], rows[1:]
     layers = sorted({row["reduction_layer"] for row in rest})
-    top_ks = sorted({row["vision_top_k"] for row in rest})
-    figure, panels = _panels(1, 2, 1.6 + 0.7 * len(layers), 1.6 + 0.6 * len(top_ks), sharey=False)
-    for axes, name in zip(panels[0], ("accuracy", "flops_ratio"), strict=True):
-        cells = {(row["vision_top_k"], row["reduction_layer"]): row[name] for row in rest}
-        table = np.array([[cells[top_k, layer] for layer in layers] for top_k in reversed(top_ks)])
-        _matrix(axes, table, [str(top_k) for top_k in reversed(top_ks)], [str(layer) for layer in layers], digits=3)
+    counts = sorted({row[column] for row in rest}, reverse=True)
+    figure, panels = _panels(1, 2, 1.6 + 0.7 * len(layers), 1.6 + 0.6 * len(counts), sharey=False)
+    for axes, value in zip(panels[0], (lambda row: row["accuracy"], cost), strict=True):
+        cells = {(row[column], row["reduction_layer"]): value(row) for row in rest}
+        table = np.array([[cells[count, layer] for layer in layers] for count in counts])
+        _matrix(axes, table, [str(count) for count in counts], [str(layer) for layer in layers], digits=3)
         axes.tick_params(axis="x", rotation=0)
-        axes.set(xlabel="first layer with fewer experts, l_v", ylabel="experts per vision token, K_v")
+        axes.set(xlabel="first layer with fewer experts, l_v", ylabel=words)
     error = dense["standard_error"]
     panels[0, 0].set_title(f"exact match (dense {dense['accuracy']:.3f} ± {error:.3f})", fontsize="medium")
-    panels[0, 1].set_title("FLOPs / dense", fontsize="medium")
+    panels[0, 1].set_title(title, fontsize="medium")
     return figure
 
 

@@ -69,6 +69,17 @@ class Batch:
         embeddings = None if self.embeddings is None else self.embeddings[:count]
         return Batch(self.numbers[:count], embeddings, mask, self.position_ids[:count], layout, self.samples[:count])
 
+    def alone(self) -> list[Batch]:
+        """Every prompt as a batch of its own, without padding; tensors are views of this batch's."""
+        found = []
+        for row, length in enumerate(self.layout.lengths):
+            one, tokens = slice(row, row + 1), slice(self.layout.width - length, None)
+            layout = VisionLayout.from_mask(self.layout.vision_mask[one, tokens])
+            embeddings = None if self.embeddings is None else self.embeddings[one, tokens]
+            positions = self.position_ids[one, tokens]
+            found.append(Batch(self.numbers[one], embeddings, None, positions, layout, self.samples[one]))
+        return found
+
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the whole model is called with: per token padded on the left, features one behind the other."""
@@ -134,6 +145,13 @@ def make_batches(prompts: Sequence[Prompt], size: int) -> list[Batch]:
     """Batches of `size` prompts, like lengths together: little padding, and mostly none."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].vision))
     return [_batch(prompts, tuple(order[start : start + size])) for start in range(0, len(order), size)]
+
+
+def typical(batches: Sequence[Batch]) -> Batch:
+    """The prompt of median length, alone; of two in the middle, the longer."""
+    prompts = [(length, batch, row) for batch in batches for row, length in enumerate(batch.layout.lengths)]
+    _, batch, row = sorted(prompts, key=lambda prompt: prompt[0])[len(prompts) // 2]
+    return batch.alone()[row]
 
 
 def _batch(prompts: Sequence[Prompt], numbers: tuple[int, ...]) -> Batch:

@@ -27,7 +27,8 @@ from fastmmoe.study import methods as grids
 from fastmmoe.study.accuracy import evaluate
 from fastmmoe.study.magnitude import magnitude_stability
 from fastmmoe.study.methods import Method, Setting, key_of
-from fastmmoe.study.prompts import Batch, encode, make_batches
+from fastmmoe.study.prediction import predicted_ratios
+from fastmmoe.study.prompts import Batch, encode, make_batches, typical
 from fastmmoe.study.questions import Example, read_questions, scene_questions
 from fastmmoe.study.results import PartFile, header, read_parts
 from fastmmoe.study.routing import routing_similarity
@@ -41,6 +42,7 @@ PARTS = {
     "magnitude": "magnitude stability per layer (Fig. 5)",
     "ablations": "window, alpha, merge ratio, strategy and merge method, on dev",
     "chosen": "FastMMoE with the best of the ablations' settings",
+    "budget": "fewer distinct experts: accuracy by number B and first layer, one prompt per forward",
     "timing": "prefill times",
 }
 CHOOSING = ("ablations", "chosen")  # settings are chosen in one, for the other
@@ -54,6 +56,10 @@ NOTES = (
     "One checkpoint, of one training seed: standard errors cover the questions, not the training.",
     "standard_error is binomial; differences of methods are paired, on the same questions.",
     "flops: the language model's prefill per prompt; flops_ratio: of the dense model's.",
+    "time_ratio_predicted: device -> floor of the prefill's time by fastmmoe.prefill_time, of the dense model's; one "
+    "prompt per forward, the split's of median length, with the pairs of a token and an expert that ran. Calculated, "
+    "not measured; a small model takes its launches' time there.",
+    "budget: one prompt per forward, as all prompts of a forward share a budget; elsewhere batches.",
     "ablations are on dev; the setting with the best mean over layers and retentions there is `chosen`.",
 )
 
@@ -166,9 +172,15 @@ class Session:
     def evaluate(self, split: str, method: Method) -> dict[str, Any]:
         """A row of results: the questions of a split under a method."""
         examples, batches = self.questions(split)
+        if method.expert_budget is not None:
+            batches = [one for batch in batches for one in batch.alone()]
         max_new_tokens = self.settings.max_new_tokens
         row = evaluate(self.model, self.processor, examples, batches, method, max_new_tokens=max_new_tokens)
-        return row | {"split": split}
+        return row | {"time_ratio_predicted": self.predict(split, method), "split": split}
+
+    def predict(self, split: str, method: Method) -> dict[str, float]:
+        """Calculated time under a method, of the dense model's, by device: of the split's prompt of median length."""
+        return predicted_ratios(self.model, typical(self.questions(split)[1]), method.config)
 
     def observed(self) -> list[Batch]:
         """The batches that the analyses of layers look at."""
@@ -248,7 +260,11 @@ class Study:
         }
         head = header({"model": self.session.describe_model(), **asked, **digests}, NOTES)
         out.mkdir(parents=True, exist_ok=True)
-        self.files = {part: PartFile(out, part, head, resume) for part in PARTS if part in parts}
+        reason = self.session.setting.no_budget
+        why_empty = {"budget": {"why_empty": reason}} if reason else {}
+        self.files = {
+            part: PartFile(out, part, head | why_empty.get(part, {}), resume) for part in PARTS if part in parts
+        }
 
     def run(self, workers: int = 1) -> None:
         """Run all parts; `workers` processes share the methods of a part."""
@@ -271,6 +287,8 @@ class Study:
             return [grids.dense(), *grids.heatmap_grid(setting)]
         if part == "ablations":
             return [grids.dense(), *grids.ablation_grid(setting)]
+        if part == "budget":
+            return [grids.dense(), *grids.budget_grid(setting)] if setting.budgets else []
         changes = choose(setting, read_parts(self.out, ["ablations"])["ablations"]["rows"])
         return grids.chosen_grid(setting, grids.CHOSEN, changes)
 
@@ -292,7 +310,11 @@ class Study:
         batches = self.session.questions(settings.split)[1]
         batch = batches[len(batches) // 2].first(settings.timing_batch)
         with tqdm(total=len(methods) * (settings.rounds + 1), desc="timing", disable=None, unit="prefill") as bar:
-            return prefill_times(model, batch, methods, settings.rounds, progress=bar.update)
+            rows = prefill_times(model, batch, methods, settings.rounds, progress=bar.update)
+        return [
+            row | {"time_ratio_predicted": self.session.predict(settings.split, method)}
+            for row, method in zip(rows, methods, strict=True)
+        ]
 
 
 def split_of(part: str, settings: Settings) -> str:

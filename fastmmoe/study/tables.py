@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmmoe.study.accuracy import answers_of, paired_difference
 from fastmmoe.study.methods import entries, key_of
+from fastmmoe.study.prediction import SHOWN
 from fastmmoe.study.results import read_parts, write_csv
 from fastmmoe.study.study import PARTS
 
@@ -70,9 +71,13 @@ def _sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         if part in parts:
             yield _head(part, parts[part])
             yield from _method_tables(parts[part]["rows"], times)
+    typed = [row for part in ("methods", "chosen") if part in parts for row in parts[part]["rows"] if row["types"]]
+    if typed:
+        yield "## types\n\nThe same by type of question, all experts."
+        yield from _type_tables(typed)
     if "heatmap" in parts:
         yield _head("heatmap", parts["heatmap"])
-        yield _heatmap(parts["heatmap"]["rows"])
+        yield _experts_table(parts["heatmap"]["rows"], "vision_top_k", "K_v")
     for part in ("routing", "magnitude"):
         if part in parts:
             yield _head(part, parts[part])
@@ -80,6 +85,9 @@ def _sections(parts: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     if "ablations" in parts:
         yield _head("ablations", parts["ablations"])
         yield _ablations(parts["ablations"]["rows"])
+    if "budget" in parts:
+        yield _head("budget", parts["budget"])
+        yield from _budget(parts["budget"])
 
 
 def _head(part: str, result: Mapping[str, Any]) -> str:
@@ -105,28 +113,72 @@ def _method_tables(rows: Sequence[Row], times: Mapping[tuple, float]) -> Iterabl
             for (fewer, name), by_retention in sorted(lines.items(), key=lambda item: item[0][0])
         ]
         yield _table([title, *columns], body)
-    yield "Exact match ± standard error (FLOPs / dense; prefill time / dense where it was measured)."
+    yield _legend(rows, "; prefill time / dense where it was measured")
 
 
 def _figures(row: Row | None, times: Mapping[tuple, float]) -> str:
     if row is None:
         return ""
     cost = f"{row['flops_ratio']:.2f}"
+    if SHOWN in row.get("time_ratio_predicted", ()):
+        cost += f"; {SHOWN} {row['time_ratio_predicted'][SHOWN]:.2f}"
     if key_of(row) in times:
         cost += f"; {times[key_of(row)]:.2f}"
     return f"{row['accuracy']:.3f} ± {row['standard_error']:.3f} ({cost})"
 
 
-def _heatmap(rows: Sequence[Row]) -> str:
+def _legend(rows: Sequence[Row], measured: str = "") -> str:
+    """What `_figures` are; older rows have no calculated time."""
+    predicted = f"; {SHOWN}: calculated time of one prompt's prefill there / dense"
+    is_predicted = any(SHOWN in row.get("time_ratio_predicted", ()) for row in rows)
+    return f"Exact match ± standard error (FLOPs / dense{predicted if is_predicted else ''}{measured})."
+
+
+def _type_tables(rows: Sequence[Row]) -> Iterable[str]:
+    """One table per placement: methods and retentions by type of question."""
+    rows = [row for row in rows if row["vision_top_k"] is None]
+    names = list(dict.fromkeys(name for row in rows for name in row["types"]))
+    everywhere = [row for row in rows if not row["placement"]]
+    for placement in dict.fromkeys(row["placement"] for row in rows if row["placement"]):
+        found = sorted((row for row in rows if row["placement"] == placement), key=lambda row: -row["retention"])
+        layers = ", ".join(str(layer) for layer in found[0]["prune_layers"])
+        lines = [(row["method"], row) for row in everywhere]
+        lines += [(f"{row['method']}, {row['retention']:g} left", row) for row in found]
+        yield _by_type(f"pruned at {layers} ({placement})", lines, names)
+    yield f"Exact match; {rows[0]['n']} questions of {len(names)} types."
+
+
+def _by_type(title: str, lines: Iterable[tuple[str, Row]], names: Sequence[str]) -> str:
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    body = [[label, share(row["accuracy"]), *(share(row["types"].get(name)) for name in names)] for label, row in lines]
+    return _table([title, "all", *names], body)
+
+
+def _experts_table(rows: Sequence[Row], column: str, symbol: str) -> str:
+    """The first layer with fewer experts by how many there are; the dense model's row is the first."""
     dense = rows[0]
-    top_ks = sorted({row["vision_top_k"] for row in rows[1:]})
-    by_place = {(row["reduction_layer"], row["vision_top_k"]): row for row in rows[1:]}
+    counts = sorted({row[column] for row in rows[1:]})
+    by_place = {(row["reduction_layer"], row[column]): row for row in rows[1:]}
     body = [
-        [str(layer), *(_figures(by_place[layer, top_k], {}) for top_k in top_ks)]
+        [str(layer), *(_figures(by_place[layer, count], {}) for count in counts)]
         for layer in sorted({row["reduction_layer"] for row in rows[1:]})
     ]
-    table = _table(["l_v", *(f"K_v = {top_k}" for top_k in top_ks)], body)
-    return f"{table}\n\nDense: {dense['accuracy']:.3f} ± {dense['standard_error']:.3f}."
+    table = _table(["l_v", *(f"{symbol} = {count}" for count in counts)], body)
+    return f"{table}\n\nDense: {dense['accuracy']:.3f} ± {dense['standard_error']:.3f}.\n\n{_legend(rows)}"
+
+
+def _budget(result: Mapping[str, Any]) -> Iterable[str]:
+    rows = result["rows"]
+    if not rows:
+        yield f"None: {result['why_empty']}."
+        return
+    yield _experts_table(rows, "expert_budget", "B")
+    if names := list(rows[0]["types"]):
+        lines = [("dense", rows[0])]
+        lines += [(f"B = {row['expert_budget']} from {row['reduction_layer']} on", row) for row in rows[1:]]
+        yield _by_type("experts", lines, names)
 
 
 def _layers(rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import fastmmoe
-from fastmmoe.methods import FastMMoEConfig
+from fastmmoe.prefill.installation import plan_in_force
 from fastmmoe.study.answers import prefill, reduced
 from fastmmoe.study.methods import Method
 from fastmmoe.study.prompts import Batch
@@ -46,6 +46,7 @@ def prefill_times(
     order = list(range(len(methods)))
     rng = random.Random(0)
     seconds: list[list[float]] = [[] for _ in methods]
+    costs = [1.0] * len(methods)
     for number in range(rounds + 1):
         rng.shuffle(order)
         for which in order:
@@ -55,20 +56,22 @@ def prefill_times(
                 prefill(model, batch)
                 _wait(model.device)
                 taken = time.perf_counter() - start
+                if not number:
+                    costs[which] = _flops_ratio(model)
             if number:
                 seconds[which].append(taken)
             progress(1)
     return [
-        {**method.describe(), **_figures(taken, seconds[0], batch), "flops_ratio": flops_ratio(model, batch, method)}
-        for method, taken in zip(methods, seconds, strict=True)
+        {**method.describe(), **_figures(taken, seconds[0], batch), "flops_ratio": cost}
+        for method, taken, cost in zip(methods, seconds, costs, strict=True)
     ]
 
 
-def flops_ratio(model: PreTrainedModel, batch: Batch, method: Method) -> float:
-    """FLOPs of the language model's prefill over a batch, of the dense model's."""
-    layout = batch.layout
-    n_text = [length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True)]
-    counted = fastmmoe.flops(model, n_text, layout.n_vision, method.config or FastMMoEConfig())
+def _flops_ratio(model: PreTrainedModel) -> float:
+    """FLOPs of the last prefill, of the dense model's: without the experts that tokens skipped by need."""
+    if plan_in_force(model) is None:
+        return 1.0
+    counted = fastmmoe.report(model).flops
     return counted.reduced / counted.dense
 
 

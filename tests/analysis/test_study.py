@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from model.methods import skipping
 from PIL import Image
 from typer.testing import CliRunner
 
+import fastmmoe
 from fastmmoe.cli.app import app
 from fastmmoe.study import methods, tables
+from fastmmoe.study.accuracy import evaluate
 from fastmmoe.study.plots import draw_plots
+from fastmmoe.study.prompts import encode, make_batches
 from fastmmoe.study.results import PartFile, read_parts
 from fastmmoe.study.study import PARTS, Study, choose, session_of
 from fastmmoe.study.timing import prefill_times
@@ -140,6 +144,24 @@ def test_times_are_of_the_prefill_alone(settings):
         handle.remove()
     assert shapes == [torch.Size([2, batch.layout.width, 32])] * 8
     assert [row["rounds"] for row in rows] == [3, 3]
+
+
+def test_times_stand_beside_the_flops_that_ran(settings):
+    """Experts that are skipped by need cost none; how many they are differs between prompts."""
+    session = session_of(settings)
+    examples, batches = session.questions("test")
+    batch = next(batch for batch in batches if batch.attention_mask is not None)
+    grid = [methods.dense(), methods.Method("x", configs=(skipping(5, prune_layers=(1,), retention=0.5),))]
+    rows = prefill_times(session.model, batch, grid, 1)
+    asked = [examples[number] for number in batch.numbers]
+    alone = make_batches(encode(session.model, session.processor, asked), len(asked))
+    expected = [
+        evaluate(session.model, session.processor, asked, alone, method, max_new_tokens=1)["flops_ratio"]
+        for method in grid
+    ]
+    assert [row["flops_ratio"] for row in rows] == pytest.approx(expected)
+    bound = fastmmoe.flops(session.model, 8, 100, grid[1].config)
+    assert expected[1] < 0.95 * bound.reduced / bound.dense
 
 
 def test_cli_on_own_questions(small, checkpoint, tmp_path):

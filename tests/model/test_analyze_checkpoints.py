@@ -72,7 +72,7 @@ def test_batched_answers_and_logits_are_those_of_one_question(checkpoint, questi
 
 
 def test_analyze_writes_its_tables(checkpoint, questions, tmp_path):
-    parts = ["--parts", "methods,routing,magnitude", "--n", 2, "--batch", 2, "--max-new-tokens", 2]
+    parts = ["--parts", "methods,routing,magnitude,budget", "--n", 2, "--batch", 2, "--max-new-tokens", 2]
     figures = json.loads(
         succeed("analyze", "--model", checkpoint, "--data", questions, "--out", tmp_path, *parts, "--json")
     )
@@ -80,3 +80,6 @@ def test_analyze_writes_its_tables(checkpoint, questions, tmp_path):
     assert len(rows) > 10 and all(row["n"] == 2 and 0 <= row["accuracy"] <= 1 for row in rows)
     assert {row["quantity"] for row in figures["parts"]["routing"]} == {"adjacent", "any pair", "entropy"}
     assert figures["parts"]["magnitude"]
+    assert all(ratio > 0 for row in rows for ratio in row["time_ratio_predicted"].values())
+    # gates that choose by groups allow no budget
+    assert bool(figures["parts"]["budget"]) == (not checkpoint.name.startswith("glm4v_moe"))
