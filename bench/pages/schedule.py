@@ -32,7 +32,8 @@ STAGES = (
     Stage("answer", 800, SIDE, 16, (0.8, 0.2)),
     Stage("read", 2600, 6, 32, (1.0, 0.3)),
     Stage("place", 200, SIDE, 8, (0.5, 0.3)),
-    Stage("join", 800, SIDE, 8, (0.4, 0.0)),
+    Stage("answer", 600, SIDE, 16, (0.8, 0.5)),
+    Stage("join", 700, SIDE, 8, (0.5, 0.0)),
 )
 
 

@@ -256,9 +256,7 @@ class Trainer:
             self.save()
 
 
-def reading_loss(
-    features: torch.Tensor, labels: torch.Tensor, table: torch.Tensor
-) -> tuple[torch.Tensor, float]:
+def reading_loss(features: torch.Tensor, labels: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, float]:
     """How far features are from the ideal ones, and the share of cells whose tokens are those they resemble most.
 
     Args:
@@ -267,17 +265,25 @@ def reading_loss(
         table: the words' embeddings, [V, H].
     """
     shown = labels[..., 0] >= 0
-    tokens = labels[shown]
-    logits = -features[shown] @ table.T / table.shape[1] ** 0.5
-    target = torch.zeros(len(tokens), len(VOCABULARY) + 1).scatter_(1, tokens % (len(VOCABULARY) + 1), 1.0)[:, :-1]
-    naming = nn.functional.cross_entropy(logits, target / target.sum(1, keepdim=True))
-    ideal, _ = ideal_features(labels, table, round(labels.shape[1] ** 0.5))
-    distance = nn.functional.mse_loss(features, ideal)
-    # with n tokens in a cell: are they the n likeliest ones?
-    count = target.sum(1).long()
-    nth = logits.detach().sort(1, descending=True).values.gather(1, count[:, None] - 1)
-    right = ((logits >= nth) == target.bool()).all(1).float().mean().item()
-    return naming + 0.3 * distance, right
+    tokens = labels[shown]  # [N, 3]
+    # one row of logits for the first two tokens of a cell, one for the third
+    tables = torch.stack((table, table.roll(1, -1)))
+    logits = -features[shown] @ tables.mT / table.shape[1] ** 0.5  # [2, N, V]
+    classes = len(VOCABULARY)
+    target = torch.zeros(2, len(tokens), classes + 1)
+    target[0].scatter_(1, tokens[:, :2] % (classes + 1), 1.0)
+    target[1].scatter_(1, tokens[:, 2:] % (classes + 1), 1.0)
+    target = target[..., :-1]  # without what stands for no token
+    present = target.sum(-1)  # [2, N]
+    named = nn.functional.cross_entropy(
+        logits.flatten(0, 1), (target / present.clamp(min=1)[..., None]).flatten(0, 1), reduction="none"
+    )
+    distance = nn.functional.mse_loss(features, ideal_features(labels, table, round(labels.shape[1] ** 0.5))[0])
+    # with n tokens in a row: are they the n likeliest ones?
+    ordered = logits.detach().sort(-1, descending=True).values
+    least = ordered.gather(-1, (present.long() - 1).clamp(min=0)[..., None])
+    right = ((logits >= least) == target.bool()).all(-1) | (present == 0)
+    return named.sum() / len(tokens) + 0.3 * distance, right.all(0).float().mean().item()
 
 
 def export(model, directory: Path) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pages.fonts import FONTS
 from pages.layout import BAR, FIRST, SECOND, generator, page, syllables
 from pages.model import TOKEN
