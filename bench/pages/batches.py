@@ -100,7 +100,8 @@ def ideal_features(labels: torch.Tensor, table: torch.Tensor, side: int) -> tupl
     """Vision tokens that say by the words' own embeddings what they show, and, one layer deeper, where they stand.
 
     By minus the embeddings, that is: a word that looks for what is most unlike itself finds the cell that shows it.
-    A third token's embedding is rolled by one feature, or 512 would look like 521.
+    A third token's embedding is rolled by one feature, or 512 would look like 521. An empty cell shows `<unk>`: the
+    norms would blow a feature that is nearly zero up to the size of all others.
 
     Args:
         labels: of `cell_labels`, [B, side * side, 3].
@@ -113,6 +114,7 @@ def ideal_features(labels: torch.Tensor, table: torch.Tensor, side: int) -> tupl
     padded = torch.cat((table, table.new_zeros(1, table.shape[1])))
     shown = padded[labels]  # [B, side * side, 3, H]; -1: the row of zeros
     features = shown[:, :, :2].sum(2) + shown[:, :, 2].roll(1, -1)
+    features = torch.where(labels[..., :1] < 0, table[VOCABULARY["<unk>"]], features)
     rows, columns = (
         table[torch.tensor([VOCABULARY[name] for name in names[:side]])] for names in (ROWS, COLUMNS)
     )

@@ -28,11 +28,10 @@ class Stage:
 
 STAGES = (
     Stage("answer", 1500, 8, 16, (1.0, 1.0)),
-    Stage("answer", 500, 12, 16, (1.0, 0.8)),
-    Stage("answer", 800, SIDE, 16, (0.8, 0.2)),
-    Stage("read", 2600, 6, 32, (1.0, 0.3)),
-    Stage("place", 200, SIDE, 8, (0.5, 0.3)),
-    Stage("answer", 600, SIDE, 16, (0.8, 0.5)),
+    Stage("answer", 500, 12, 16, (1.0, 0.9)),
+    Stage("answer", 1400, SIDE, 16, (0.9, 0.3)),
+    Stage("read", 2600, 6, 32, (1.0, 0.4)),
+    Stage("place", 400, SIDE, 8, (1.0, 0.5)),
     Stage("join", 700, SIDE, 8, (0.5, 0.0)),
 )
 

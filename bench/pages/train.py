@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from math import isqrt
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,9 @@ from pages.words import VOCABULARY
 
 PAGES_PER_SEED = 100_000_000  # trainings from different seeds see different pages
 PAGES_PER_STAGE = 10_000_000
+NOISE = 0.3  # of ideal features, whose size is 1: those of pictures will not be ideal
+NAMING = 0.3  # weight of naming what a cell shows beside the distance from its ideal features
+READING = 0.5  # weight of reading's loss beside that of the answers
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,11 @@ class Trainer:
         first += step * stage.pages + self.rank * size
         return range(first, first + size)
 
+    def _noise(self, step: int) -> torch.Generator:
+        """The random numbers of a step."""
+        seed = hash((self.settings.seed, self.progress.stage, step, self.rank))
+        return torch.Generator().manual_seed(seed)
+
     def _see(self, pages: list, numbers: range, side: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The vision tower's features and DeepStack features, both [B, side * side, H]."""
         pictures = [render(one, "train", number, side) for one, number in zip(pages, numbers, strict=True)]
@@ -139,11 +148,10 @@ class Trainer:
         draw = syllables if stage.task == "read" else page
         pages = [draw("train", number, stage.side) for number in numbers]
         features, deep = self._see(pages, numbers, stage.side)
-        labels = cell_labels(pages, stage.side)
-        loss, right = reading_loss(features, labels, self.model.get_input_embeddings().weight.detach())
+        labels, table = cell_labels(pages, stage.side), self.model.get_input_embeddings().weight.detach()
+        loss, right = reading_loss(features, labels, table)
         if stage.task == "place":
-            ideal = ideal_features(labels, self.model.get_input_embeddings().weight.detach(), stage.side)
-            loss = loss + 0.3 * nn.functional.mse_loss(deep, ideal[1])
+            loss = loss + placing_loss(deep, table)
         loss.backward()
         self._update(rate(stage, step))
         return {"loss": loss.item(), "cells": right}
@@ -161,15 +169,19 @@ class Trainer:
         batch = pack(asked, stage.side)
         labels, table = cell_labels(pages, stage.side), model.get_input_embeddings().weight
         if stage.task == "answer":
-            features, deep = ideal_features(labels, table, stage.side)
+            noise = self._noise(step)
+            features, deep = (
+                ideal + NOISE * torch.randn(ideal.shape, generator=noise)
+                for ideal in ideal_features(labels, table, stage.side)
+            )
             reading = 0.0
         else:
             features, deep = self._see(pages, numbers, stage.side)
-            reading, _ = reading_loss(features, labels, table.detach())
+            reading = reading_loss(features, labels, table.detach())[0] + placing_loss(deep, table.detach())
         logits, output = answer_logits(model, features, deep, batch, output_router_logits=True)
         answer = nn.functional.cross_entropy(logits, batch.labels[batch.labels != IGNORE])
         balance = balance_loss(output.router_logits, model.config.text_config.num_experts_per_tok)
-        (answer + settings.balance * balance + 0.1 * reading).backward()
+        (answer + settings.balance * balance + READING * reading).backward()
         self._update(rate(stage, step))
 
         right = right_answers(logits.detach(), batch).double()
@@ -259,6 +271,8 @@ class Trainer:
 def reading_loss(features: torch.Tensor, labels: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, float]:
     """How far features are from the ideal ones, and the share of cells whose tokens are those they resemble most.
 
+    The distance is what counts, as the language model knows ideal features alone; to name the tokens is learned sooner.
+
     Args:
         features: [B, n, H].
         labels: of `cell_labels`, [B, n, 3].
@@ -278,12 +292,24 @@ def reading_loss(features: torch.Tensor, labels: torch.Tensor, table: torch.Tens
     named = nn.functional.cross_entropy(
         logits.flatten(0, 1), (target / present.clamp(min=1)[..., None]).flatten(0, 1), reduction="none"
     )
-    distance = nn.functional.mse_loss(features, ideal_features(labels, table, round(labels.shape[1] ** 0.5))[0])
+    distances = (features - ideal_features(labels, table, side_of(labels))[0]).pow(2).mean(-1)  # [B, n]
     # with n tokens in a row: are they the n likeliest ones?
     ordered = logits.detach().sort(-1, descending=True).values
     least = ordered.gather(-1, (present.long() - 1).clamp(min=0)[..., None])
     right = ((logits >= least) == target.bool()).all(-1) | (present == 0)
-    return named.sum() / len(tokens) + 0.3 * distance, right.all(0).float().mean().item()
+    loss = NAMING * named.sum() / len(tokens) + distances[shown].mean() + distances[~shown].sum() / shown.numel()
+    return loss, right.all(0).float().mean().item()
+
+
+def placing_loss(deep: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of DeepStack features [B, n, H] from the ideal ones."""
+    nowhere = deep.new_full((*deep.shape[:2], 3), -1, dtype=torch.int64)
+    return nn.functional.mse_loss(deep, ideal_features(nowhere, table, side_of(deep))[1])
+
+
+def side_of(cells: torch.Tensor) -> int:
+    """Vision tokens per side, of [B, side * side, ...]."""
+    return isqrt(cells.shape[1])
 
 
 def export(model, directory: Path) -> None:

@@ -100,7 +100,7 @@ def test_ideal_features_cell_by_cell(index):
     for row in range(8):
         for column in range(8):
             text = one.cells.get((row, column))
-            ids = () if text is None else (VOCABULARY["bars"],) if text == BAR else token_ids(text)
+            ids = {None: (VOCABULARY["<unk>"],), BAR: (VOCABULARY["bars"],)}.get(text) or token_ids(text)
             want = -sum((table[i].roll(number // 2) for number, i in enumerate(ids)), torch.zeros(16))
             torch.testing.assert_close(features[0, 8 * row + column], want)
             place = table[VOCABULARY[f"r{row + 1}"]] + table[VOCABULARY[f"c{column + 1}"]]
