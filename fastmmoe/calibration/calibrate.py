@@ -19,6 +19,7 @@ from fastmmoe.calibration.frontier import frontier, thresholds
 from fastmmoe.calibration.importance import MODALITIES, divergences, importances, moe_layers
 from fastmmoe.calibration.samples import Sample, answer_log_probs, divergence, make_samples
 from fastmmoe.families import architecture_of, find_text_model
+from fastmmoe.families.fingerprint import gates_sha256
 from fastmmoe.prefill.installation import plan_in_force
 from fastmmoe.report import expert_pairs
 from fastmmoe.study.questions import Example
@@ -110,8 +111,8 @@ def calibrate(
         resume: go on with the steps that are in the file.
 
     Raises:
-        ValueError: an unsupported model, a target out of (0, 1) or beyond what the thresholds reach, or a file that
-            holds something else.
+        ValueError: an unsupported model, a target out of (0, 1) or of the range that the thresholds reach, or a file
+            that holds something else.
     """
     if not 0.0 < target < 1.0:
         raise ValueError(f"target: expected a share of the experts in (0, 1), got {target!r}")
@@ -154,6 +155,9 @@ def calibrate(
         most = evaluated((tried["text"][-1], tried["vision"][-1]))["skipped"]
         if most < target:
             raise ValueError(f"target: expected at most {most:.3f}, which the largest thresholds skip, got {target}")
+        least = evaluated((tried["text"][0], tried["vision"][0]))["skipped"]
+        if least > target:
+            raise ValueError(f"target: expected at least {least:.3f}, which the least thresholds skip, got {target}")
         edge = frontier(tried["text"], tried["vision"], lambda *pair: evaluated(pair)["skipped"], target)
         chosen = min(map(evaluated, edge), key=lambda row: row["divergence"])
     work.finish(config_of((chosen["text_threshold"], chosen["vision_threshold"])), chosen)
@@ -190,7 +194,12 @@ def _about(model: PreTrainedModel, examples: Sequence[Example], target: float) -
         digest.update(example.open_image().tobytes())
     weights = hashlib.sha256(next(text.parameters()).detach().float().cpu().numpy().tobytes())
     return {
-        "model": {"type": text.config.model_type, "layers": len(text.layers), "embedding_sha256": weights.hexdigest()},
+        "model": {
+            "type": text.config.model_type,
+            "layers": len(text.layers),
+            "embedding_sha256": weights.hexdigest(),
+            "gates_sha256": gates_sha256(model),
+        },
         "questions": len(examples),
         "questions_sha256": digest.hexdigest(),
         "target": target,

@@ -55,6 +55,10 @@ def count_tokens(
         raise TypeError(f"config: expected a FastMMoEConfig, got {type(config).__name__}")
     top_k = architecture.num_experts_per_tok
     config.check_model(architecture.num_hidden_layers, top_k)
+    choices = [config.expert_choice(layer, top_k) for layer in range(architecture.num_hidden_layers)]
+    for budget in {choice.budget for choice in choices if choice is not None and choice.budget is not None}:
+        if budget >= (most := architecture.num_experts):
+            raise ValueError(f"expert_budget={budget}: expected fewer than the model's {most} experts")
     text, vision = _counts("n_text", n_text), _counts("n_vision", n_vision)
     if len(text) != len(vision):
         raise ValueError(f"n_vision: expected {len(text)} samples like n_text, got {len(vision)}")
@@ -68,7 +72,7 @@ def count_tokens(
     for layer in range(architecture.num_hidden_layers):
         behind = left.get(layer, before)
         after = before if config.prunes_behind_layer else behind
-        choice = None if is_skipped else config.expert_choice(layer, top_k)
+        choice = None if is_skipped else choices[layer]
         most = sum(text) * top_k, sum(after) * (top_k if choice is None else choice.vision_top_k)
         text_pairs, vision_pairs = _pairs(layer, (expert_pairs or {}).get(layer, most), most)
         budget = None if choice is None else choice.budget

@@ -85,7 +85,10 @@ class MoDESConfig(FastMMoEConfig):
             ValueError: it holds no calibration.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            kind, values = found["type"], found["config"]
+            if kind != cls.__name__:
+                raise ValueError(f"path: {path} holds a {kind}, expected a {cls.__name__}")
             return cls.from_dict(values | overrides)
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"path: {path} holds no calibration of `fastmmoe calibrate`: {error!r}") from error

@@ -67,6 +67,9 @@ class Plan:
         config.check_model(len(layers), top_k)
         if config.vision_top_k is not None and config.vision_top_k < top_k and moe[-1] < config.reduction_layer:
             raise ValueError(f"reduction_layer: no MoE layer from layer {config.reduction_layer} on")
+        words = text.get_input_embeddings().num_embeddings
+        if unknown := [token for token in config.special_tokens if token >= words]:
+            raise ValueError(f"special_tokens: got {unknown[0]}, expected ids of the model's {words} words")
         choices = {number: config.expert_choice(number, top_k) for number in moe}
         reduced = tuple(number for number, choice in choices.items() if choice is not None)
         for number in sorted({*reduced, *config.prune_layers} & set(moe)):

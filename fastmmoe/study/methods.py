@@ -175,6 +175,18 @@ def read_calibration(path: Path) -> ReductionConfig:
         raise ValueError(f"{path}: holds no calibrated config ({type(error).__name__}: {error})") from error
 
 
+def check_calibration(path: Path, gates: str) -> None:
+    """Check that a calibration is of the model with gates of this digest, where its file says of which it is.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    study = json.loads(path.read_text(encoding="utf-8")).get("calibration", {}).get("study", {})
+    calibrated = study.get("model", {}).get("gates_sha256", gates)
+    if calibrated != gates:
+        raise ValueError(f"calibration: {path} is of another model (gates {calibrated[:12]}, expected {gates[:12]})")
+
+
 def entries() -> list[Entry]:
     """Those of all methods, in the order of the registry."""
     return [entry for config in METHODS for entry in config.study_entries()]

@@ -103,7 +103,11 @@ def heatmap_figure(rows: Sequence[Row]) -> Figure:
 def budget_figure(rows: Sequence[Row]) -> Figure:
     """Accuracy and calculated time by first layer l_v and number of distinct experts B."""
     words, title = "distinct experts of vision tokens, B", f"{SHOWN}: calculated time / dense"
-    return _experts_figure(rows, "expert_budget", words, title, lambda row: row["time_ratio_predicted"][SHOWN])
+
+    def cost(row: Row) -> float:
+        return row.get("time_ratio_predicted", {}).get(SHOWN, np.nan)  # an older study's rows lack it
+
+    return _experts_figure(rows, "expert_budget", words, title, cost)
 
 
 def _experts_figure(rows: Sequence[Row], column: str, words: str, title: str, cost: Callable[[Row], float]) -> Figure:
@@ -208,7 +212,8 @@ def _panels(rows: int, columns: int, width: float, height: float, sharey: bool |
 
 def _matrix(axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequence[str], digits: int = 2) -> None:
     """A table of shares in 0..1 as coloured cells with their values."""
-    low, high = np.nanmin(table), np.nanmax(table)
+    numbers = table[np.isfinite(table)]
+    low, high = (numbers.min(), numbers.max()) if len(numbers) else (0.0, 1.0)
     axes.imshow(table, aspect="auto", cmap="viridis", vmin=low, vmax=high)
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right" if digits == 2 else "center")
     axes.set_yticks(range(len(rows)), rows)

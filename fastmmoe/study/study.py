@@ -20,6 +20,7 @@ from fastmmoe.config import ReductionConfig
 from fastmmoe.families import find_text_model
 from fastmmoe.families.chat import check_question, placeholders_of
 from fastmmoe.families.checkpoint import load_model, read_config
+from fastmmoe.families.fingerprint import gates_sha256
 from fastmmoe.families.processors import load_processor
 from fastmmoe.prefill import experts
 from fastmmoe.scenes import CHECKPOINT
@@ -156,6 +157,8 @@ class Session:
 
     @functools.cached_property
     def setting(self) -> Setting:
+        if self.settings.calibration is not None:
+            grids.check_calibration(self.settings.calibration, gates_sha256(self.model))
         counts = {n for batch in self.questions(self.settings.split)[1] for n in batch.layout.n_vision}
         return Setting.of(self.model, counts.pop() if len(counts) == 1 else None, self.settings.calibrated)
 
@@ -191,12 +194,6 @@ class Session:
 
     def describe_model(self) -> dict[str, Any]:
         """What tells the model from another; its gates' digest stands for all weights."""
-        family, text, _ = find_text_model(self.model)
-        digest = hashlib.sha256()
-        for layer in text.layers:
-            if family.is_moe(layer):
-                weight = next(family.gate_of(layer).parameters())
-                digest.update(weight.detach().float().cpu().numpy().tobytes())
         return {
             # another machine's folders say nothing
             "name": Path(self.settings.model).name if self.settings.model else "fastmmoe/scenes/checkpoint",
@@ -204,7 +201,7 @@ class Session:
             "layers": self.setting.layers,
             "top_k": self.setting.top_k,
             "placements": self.setting.placements,
-            "gates_sha256": digest.hexdigest(),
+            "gates_sha256": gates_sha256(self.model),
         }
 
 

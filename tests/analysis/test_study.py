@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fastmmoe
 from fastmmoe.cli.app import app
-from fastmmoe.study import methods, tables
+from fastmmoe.study import methods, plots, tables
 from fastmmoe.study.accuracy import evaluate
 from fastmmoe.study.plots import draw_plots
 from fastmmoe.study.prompts import encode, make_batches
@@ -311,3 +311,33 @@ def test_rows_are_kept_where_their_csv_cannot_be_written(tmp_path):
         part.finish([{"seconds": 1.0}])
     found = json.loads(part.path.read_text())
     assert found["rows"] == [{"seconds": 1.0}] and not found["complete"] and not part.is_complete
+
+
+def test_a_calibration_is_of_the_models_own(settings, tmp_path):
+    path = tmp_path / "modes.json"
+    config = skipping(special_tokens=())
+    values = {"type": type(config).__name__, "config": config.to_dict()}
+    own = session_of(settings).describe_model()["gates_sha256"]
+    methods.check_calibration(_written(path, values), own)  # by hand: it does not say of which
+    for gates in (own, "0" * 64):
+        study = {"calibration": {"study": {"model": {"gates_sha256": gates}}}}
+        _written(path, values | study)
+        if gates == own:
+            methods.check_calibration(path, own)
+        else:
+            with pytest.raises(ValueError, match="calibration: .*modes.json is of another model"):
+                Study(replace(settings, calibration=path), tmp_path / "out", ["methods"])
+    assert not (tmp_path / "out").exists()
+
+
+def _written(path, values):
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_budgets_of_an_older_study_are_drawn_without_times(tmp_path):
+    """Rows from before there were calculated times."""
+    row = {"accuracy": 0.9, "standard_error": 0.01}
+    rows = [row, row | {"expert_budget": 4, "reduction_layer": 0}]
+    figure = plots.budget_figure(rows)
+    assert figure.axes[0].get_xticklabels()[0].get_text() == "0"

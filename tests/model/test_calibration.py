@@ -223,6 +223,31 @@ def test_a_share_that_no_threshold_reaches(checkpoint, questions, few_thresholds
         calibrate(model, processor, read_questions(questions), 0.9999, tmp_path / "modes.json")
 
 
+def test_a_share_that_every_threshold_exceeds(checkpoint, questions, few_thresholds, tmp_path):
+    model, processor = loaded(checkpoint)
+    find = dict(model=model, processor=processor, examples=read_questions(questions))
+    path = tmp_path / "modes.json"
+    calibrate(**find, target=0.3, path=path)
+    rows = json.loads(path.read_text())["calibration"]["evaluated"]
+    least = min(rows, key=lambda row: (row["text_threshold"], row["vision_threshold"]))["skipped"]
+    assert least > 1e-6
+    with pytest.raises(ValueError, match=f"target: expected at least {least:.3f}, which the least thresholds skip"):
+        calibrate(**find, target=1e-6, path=tmp_path / "less.json")
+
+
+def test_another_models_steps_are_not_taken(checkpoint, questions, few_thresholds, tmp_path):
+    """A model that was tuned on, with the same embeddings."""
+    model, processor = loaded(checkpoint)
+    find = dict(processor=processor, examples=read_questions(questions), target=0.3, path=tmp_path / "modes.json")
+    calibrate(model, **find)
+    family, text, _ = find_text_model(model)
+    gate = family.gate_of(next(layer for layer in text.layers if family.is_moe(layer)))
+    with torch.no_grad():
+        next(gate.parameters()).mul_(1.01)
+    with pytest.raises(ValueError, match="another calibration"):
+        calibrate(model, **find, resume=True)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 import fastmmoe
 from fastmmoe import FastMMoEConfig, MoDESConfig, flops
 from fastmmoe.config import ExpertChoice
+from fastmmoe.families import find_text_model
 from fastmmoe_kernels import VisionLayout
 
 from .methods import skipping
@@ -319,7 +320,7 @@ def test_what_a_layer_skips():
 
 def test_a_calibration_is_read_from_its_file(tmp_path):
     config, path = skipping(special_tokens=(1, 2)), tmp_path / "modes.json"
-    path.write_text(json.dumps({"config": config.to_dict(), "calibration": {}}))
+    path.write_text(json.dumps({"type": "MoDESConfig", "config": config.to_dict(), "calibration": {}}))
     assert MoDESConfig.from_file(path) == config
     pruned = MoDESConfig.from_file(path, prune_layers=(1,), retention=0.5)
     assert pruned == replace(config, prune_layers=(1,), retention=0.5)
@@ -327,8 +328,21 @@ def test_a_calibration_is_read_from_its_file(tmp_path):
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
         with pytest.raises(ValueError):
             MoDESConfig.from_file(path)
+    path.write_text(json.dumps({"type": "FastVConfig", "config": {"prune_layers": [2], "retention": 0.5}}))
+    with pytest.raises(ValueError, match="modes.json holds a FastVConfig, expected a MoDESConfig"):
+        MoDESConfig.from_file(path)
     with pytest.raises(OSError):
         MoDESConfig.from_file(tmp_path / "none.json")
+
+
+def test_special_tokens_are_words_of_the_model():
+    model = tiny_internvl()
+    words = model.get_input_embeddings().num_embeddings
+    for token in (words, 10**30):
+        with pytest.raises(ValueError, match=f"special_tokens: got {token}, expected ids of the model's {words} words"):
+            fastmmoe.enable(model, skipping(special_tokens=(1, token)))
+    assert "forward" not in vars(find_text_model(model)[1])
+    fastmmoe.enable(model, skipping(special_tokens=(1, words - 1)))
 
 
 def test_nothing_skipped_is_nothing_changed():

@@ -377,6 +377,8 @@ def test_bad_devices(tmp_path):
         ((INTERNVL, 0, 0, FastMMoEConfig()), ValueError, "at least one token"),
         ((INTERNVL, 1, 1, {}), TypeError, "config: expected a FastMMoEConfig"),
         ((INTERNVL, 1, 1, FastMMoEConfig(vision_top_k=9)), ValueError, "vision_top_k"),
+        ((INTERNVL, 1, 1, FastMMoEConfig(expert_budget=128)), ValueError, "fewer than the model's 128 experts"),
+        ((INTERNVL, 1, 1, FastMMoEConfig(expert_budget=10**5)), ValueError, "fewer than the model's 128 experts"),
         (("gpt-2", 1, 1, FastMMoEConfig()), ValueError, "text_config: unknown name 'gpt-2'"),
     ],
 )
