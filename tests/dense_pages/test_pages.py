@@ -88,9 +88,10 @@ def _answer(one, text):
         case ["kind"]:
             if any(t == BAR for *_, t in flat):
                 return "chart"
-            if all(len(row) >= 2 for row in grid) and not grid[0][0][1].isdigit() and one.kind == "text":
-                return "text"
-            return one.kind
+            last = grid[-1]
+            if len(last) == 1 and int(last[0][1]) == sum(int(row[2][1]) for row in grid[1:-1]):
+                return "receipt"
+            return "table" if grid[0][0][0] > grid[1][0][0] else "text"  # nothing stands above the labels
         case ["after", word]:
             ((row, column),) = [(r, c) for r, c, t in flat if t == word]
             return one.cells[row, column + 1]
