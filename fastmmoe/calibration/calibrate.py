@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ class Calibration:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 asked = found["calibration"]["study"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                _check_steps(found)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}: holds no calibration ({type(error).__name__}: {error})") from error
             if asked != self._found["calibration"]["study"]:
                 raise ValueError(
@@ -96,6 +98,19 @@ class Calibration:
         result = {"type": type(config).__name__, "config": config.to_dict()}
         self._found = result | {"calibration": self._found["calibration"]}
         write_whole(self.path, self._found)
+
+
+def _check_steps(found: dict[str, Any]) -> None:
+    """Check that a file's steps are some; raises whatever what is wrong with them raises."""
+    steps = found["calibration"]
+    if len(steps["divergences"]) > steps["study"]["questions"]:
+        raise ValueError("divergences of more questions than were asked")
+    numbers = [value for one in steps["divergences"] for name in MODALITIES for value in one[name].values()]
+    rows = [*steps["evaluated"], *([steps["chosen"]] if "config" in found else [])]
+    keys = ("text_threshold", "vision_threshold", "skipped", "divergence")
+    for number in (*numbers, *(row[key] for row in rows for key in keys)):
+        if not math.isfinite(number):
+            raise ValueError(f"{number} is no finite number")
 
 
 def calibrate(

@@ -57,6 +57,9 @@ def calibrate(
             placeholders = placeholders_of(read_config(checkpoint), processor)
             for example in examples:
                 check_question(example.where, example.question, placeholders)
+                if not example.answer.strip():
+                    raise ValueError(f"{example.where}: expected an answer, got {example.answer!r}")
+                check_question(f"{example.where}: answer", example.answer, placeholders)
                 example.open_image()
         kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
         loaded = load_model(checkpoint, kind, place)

@@ -21,7 +21,7 @@ from fastmmoe.calibration.frontier import frontier, thresholds
 from fastmmoe.calibration.importance import divergences, importances
 from fastmmoe.calibration.samples import make_samples
 from fastmmoe.families import find_text_model
-from fastmmoe.families.chat import build_inputs, end_tokens
+from fastmmoe.families.chat import build_inputs, end_tokens, placeholders_of
 from fastmmoe.families.processors import load_processor
 from fastmmoe.study.questions import read_questions
 
@@ -258,6 +258,50 @@ def test_the_command(checkpoint, questions, few_thresholds, tmp_path):
     assert MoDESConfig.from_dict(figures["config"]) == MoDESConfig.from_file(out)
     assert figures["chosen"]["skipped"] >= 0.3
     assert "skips" in succeed(*arguments, "--resume") and "--out" in refused(*arguments)
+
+
+def test_damaged_steps_are_refused(checkpoint, questions, few_thresholds, tmp_path):
+    model, processor = loaded(checkpoint)
+    find = dict(processor=processor, examples=read_questions(questions), target=0.3, path=tmp_path / "modes.json")
+    calibrate(model, **find)
+    whole = json.loads(find["path"].read_text())
+
+    def without_chosen(found):
+        del found["calibration"]["chosen"]
+
+    def of_a_word(found):
+        modality = found["calibration"]["divergences"][1]["vision"]
+        modality[next(iter(modality))] = "much"
+
+    damages = (
+        without_chosen,
+        of_a_word,
+        lambda found: found["calibration"]["divergences"].__setitem__(0, None),
+        lambda found: found["calibration"]["divergences"].extend(found["calibration"]["divergences"]),
+        lambda found: found["calibration"]["evaluated"][0].pop("skipped"),
+    )
+    for damage in damages:
+        found = json.loads(json.dumps(whole))
+        damage(found)
+        find["path"].write_text(json.dumps(found))
+        with pytest.raises(ValueError, match="modes.json: holds no calibration"):
+            calibrate(model, **find, resume=True)
+    find["path"].write_text(json.dumps(whole))
+    calibrate(model, **find, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"), [(" ", "line 2: expected an answer"), ("{0}", "line 2: answer: holds {0}")]
+)
+def test_answers_are_text(checkpoint, questions, tmp_path, answer, says):
+    model, processor = loaded(checkpoint)
+    placeholder = placeholders_of(model.config, processor)[0]
+    lines = list(map(json.loads, questions.read_text().splitlines()))
+    lines[1]["answer"] = answer.format(placeholder)
+    path = questions.parent / "bad.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["--model", checkpoint, "--data", path, "--target", 0.3, "--out", tmp_path / "modes.json"]
+    assert says.format(placeholder) in refused("calibrate", *arguments)
 
 
 @pytest.mark.parametrize(
