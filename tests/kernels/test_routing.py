@@ -383,8 +383,12 @@ def test_permuting_tokens_permutes_the_output_bitwise(backend):
 
 
 def test_permuting_tokens_permutes_the_output_of_the_gate_kernel_bitwise():
-    """The torch backend's matrix product promises no such thing."""
+    """Of eighths, whose products no order of adding rounds: the interpreter's are NumPy's, which depends on the CPU.
+
+    The torch backend's matrix product promises no such thing.
+    """
     case = make_gate(31, 70, 12, 48, top_k=4, vision_mask=make_mask(32, 70, 0.5), options=dict(vision_top_k=2))
+    case = replace(case, hidden=(8 * case.hidden).round() / 8, weight=(8 * case.weight).round() / 8)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(33))
     permuted = replace(case, hidden=case.hidden[order], vision_mask=case.vision_mask[order])
     for a, b in zip(case.run("triton", return_probs=True), permuted.run("triton", return_probs=True), strict=True):
