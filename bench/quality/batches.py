@@ -8,30 +8,20 @@ import torch
 from fastmmoe.scenes import TYPES, Question, Scene, ask, generator, scene
 from fastmmoe.scenes.pictures import CELLS, COLOURS
 from fastmmoe.scenes.tokenizer import VISION_TOKENS, VOCABULARY
+from quality.scoring import Packed, pack_questions
 
 IMAGE = [VOCABULARY["<img>"], *[VOCABULARY["<IMG_CONTEXT>"]] * VISION_TOKENS, VOCABULARY["</img>"]]
 PREFIX = len(IMAGE)
 EOS, PAD = VOCABULARY["<eos>"], VOCABULARY["<pad>"]
-IGNORE = -100  # cross entropy's default
 SIDE = round(VISION_TOKENS**0.5)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B pictures with their questions packed behind them: a question sees its picture and itself.
-
-    `pixels` [B, 3, 100, 100] in -1..1, `ids` and `positions` [B, L], `mask` bool [B, 1, L, L] (true: may look),
-    `labels` [B, L] with the next token where it is part of an answer, `owner` [B, L] the number of the question that
-    a token belongs to (-1: none), `types` the number of every question's type, questions in the order of `owner`.
-    """
+class Batch(Packed):
+    """Questions about scenes: `pixels` [B, 3, 100, 100] in -1..1, `positions` [B, L]."""
 
     pixels: torch.Tensor
-    ids: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
-    labels: torch.Tensor
-    owner: torch.Tensor
-    types: torch.Tensor
 
 
 def to_pixels(scenes: list[Scene]) -> torch.Tensor:
@@ -53,27 +43,25 @@ def draw_questions(scene: Scene, rng: np.random.Generator, weights: np.ndarray, 
 
 def pack(scenes: list[Scene], asked: list[list[Question]]) -> Batch:
     """Pictures and the questions asked about each as one batch."""
-    rows, types = [], []
-    for questions in asked:
-        ids, positions, labels, owner = list(IMAGE), list(range(PREFIX)), [IGNORE] * PREFIX, [-1] * PREFIX
-        for question in questions:
-            prompt = [VOCABULARY[word] for word in question.text.split()]
-            answer = [VOCABULARY[word] for word in question.answer.split()]
-            ids += prompt + answer
-            positions += range(PREFIX, PREFIX + len(prompt) + len(answer))
-            labels += [IGNORE] * (len(prompt) - 1) + answer + [EOS]
-            owner += [len(types)] * (len(prompt) + len(answer))
-            types.append(list(TYPES).index(question.type))
-        rows.append((ids, positions, labels, owner))
-    length = max(len(ids) for ids, *_ in rows)
-    ids, positions, labels, owner = (
-        torch.tensor([values + [fill] * (length - len(values)) for values in column])
-        for column, fill in zip(zip(*rows, strict=True), (PAD, 0, IGNORE, -1), strict=True)
+    packed = pack_questions(
+        IMAGE,
+        [
+            [
+                (_ids(question.text), _ids(question.answer), list(TYPES).index(question.type))
+                for question in questions
+            ]
+            for questions in asked
+        ],
+        EOS,
+        PAD,
     )
-    steps = torch.arange(length)
-    mask = (steps < PREFIX) | (owner[:, None, :] == owner[:, :, None])
-    mask = (mask & (steps <= steps[:, None]))[:, None]
-    return Batch(to_pixels(scenes), ids, positions, mask, labels, owner, torch.tensor(types))
+    positions = torch.where(packed.owner >= 0, PREFIX + packed.steps, 0)
+    positions[:, :PREFIX] = torch.arange(PREFIX)
+    return Batch(**vars(packed), pixels=to_pixels(scenes), positions=positions)
+
+
+def _ids(text: str) -> list[int]:
+    return [VOCABULARY[word] for word in text.split()]
 
 
 def training_batch(

@@ -7,7 +7,6 @@
 import json
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,19 +19,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance
 
 from fastmmoe.scenes import CHECKPOINT, TYPES, exact_match, generator, questions, scene
-from quality.batches import IGNORE, Batch, pack
-
-Record = tuple[int, str, bool]  # number of the scene, type of the question, right
-
-
-def right_answers(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Whether every token of an answer is the likeliest one, bool [questions]; greedy decoding says just these then.
-
-    `logits` [N, V] are those of the N tokens that have a label.
-    """
-    labelled = batch.labels != IGNORE
-    wrong = logits.argmax(-1) != batch.labels[labelled]
-    return torch.zeros(len(batch.types)).index_add(0, batch.owner[labelled], wrong.float()) == 0
+from quality.batches import Batch, pack
+from quality.scoring import IGNORE, Record, accuracy, right_answers
 
 
 def answer_logits(
@@ -90,21 +78,9 @@ def evaluate_generated(
 
 
 def summarise(records: list[Record]) -> dict[str, dict]:
-    """Exact match, standard error and number of questions, overall and per type.
-
-    Questions about one scene go wrong together, so scenes, not questions, are the independent draws of the error.
-    """
+    """`accuracy` of all questions, and per type."""
     groups = {"overall": records} | {name: [r for r in records if r[1] == name] for name in TYPES}
-    return {name: _accuracy(group) for name, group in groups.items() if group}
-
-
-def _accuracy(records: list[Record]) -> dict:
-    mean = sum(right for *_, right in records) / len(records)
-    residual = defaultdict(float)
-    for number, _, right in records:
-        residual[number] += right - mean
-    error = sum(value**2 for value in residual.values()) ** 0.5 / len(records)
-    return {"accuracy": round(mean, 4), "standard_error": round(error, 4), "n": len(records)}
+    return {name: accuracy(group) for name, group in groups.items() if group}
 
 
 def main(

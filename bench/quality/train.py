@@ -11,35 +11,30 @@ checkpoint holds, so a resumed training goes on as if it had not stopped. The la
 is only watched, test is not touched.
 """
 
-import json
-import os
 import sys
-import time
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 from torch import nn
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
-from provenance import provenance
-
 from fastmmoe.scenes import TYPES, scene
 from fastmmoe.scenes.pictures import CELLS, COLOURS
 from fastmmoe.scenes.tokenizer import VOCABULARY
 from quality import dispatch, schedule
-from quality.batches import IGNORE, to_pixels, token_labels, training_batch
-from quality.evaluate import answer_logits, evaluate_packed, right_answers, summarise
+from quality.batches import to_pixels, token_labels, training_batch
+from quality.evaluate import answer_logits, evaluate_packed, summarise
 from quality.model import new_model
 from quality.muon import Muon
 from quality.processor import save_processor
+from quality.scoring import IGNORE
+from quality.trainer import BaseTrainer, balance_loss, run_process
 
 SCENES_PER_SEED = 100_000_000  # trainings from different seeds see different scenes
 SECOND_PHASE_SCENES = 10_000_000  # of a seed's scenes, those of the second phase start here
@@ -80,78 +75,40 @@ class Progress:
     log: list[dict] = field(default_factory=list)
 
 
-def average_gradients(parameters: list[torch.Tensor], processes: int) -> None:
-    """Average over the processes and clip to norm 1; parameters without a gradient get zeros."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(flat)
-    flat /= processes
-    flat *= (1 / (flat.norm() + 1e-6)).clamp(max=1)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(part.view_as(parameter))
+class Trainer(BaseTrainer):
+    """One process of this training."""
 
-
-def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
-    """1 where every layer uses its experts alike, more where it does not; logits [T, E] per layer."""
-    losses = []
-    for logits in router_logits:
-        probabilities = logits.softmax(-1)
-        chosen = probabilities.topk(top_k, -1).indices.flatten()
-        share = chosen.bincount(minlength=logits.shape[-1]) / len(chosen)
-        losses.append(logits.shape[-1] * (share * probabilities.mean(0)).sum())
-    return torch.stack(losses).mean()
-
-
-class Trainer:
-    """One process of a training."""
+    place = ("phase", "step")
 
     def __init__(self, rank: int, settings: Settings, work: Path, minutes: float | None, resume: bool):
-        self.rank, self.settings, self.work = rank, settings, work
         self.model = new_model(settings.seed)
         self.model.model.language_model.set_experts_implementation(dispatch.NAME)
         self.head = nn.Linear(self.model.config.text_config.hidden_size, sum(HEAD))
-        self.progress = Progress()
         inner = self.model.model
         self.vision = [*inner.vision_tower.parameters(), *inner.multi_modal_projector.parameters()]
         self.text = [*inner.language_model.parameters(), self.model.lm_head.weight]
-        self.optimisers: list[torch.optim.Optimizer] = []
-        self.stop_at = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-        if resume:
-            saved = torch.load(work / "state.pt")
-            self.progress = Progress(**saved["progress"])
-            self.model.load_state_dict(saved["model"])
-            self.head.load_state_dict(saved["head"])
-        self._make_optimisers()
-        if resume:
-            for optimiser, value in zip(self.optimisers, saved["optimisers"], strict=True):
-                optimiser.load_state_dict(value)
-        self.started = time.monotonic() - self.progress.seconds
+        modules = {"model": self.model, "head": self.head}
+        super().__init__(rank, settings, work, minutes, resume, modules, Progress())
 
-    def _make_optimisers(self) -> None:
-        """Those of the current phase; the phase's learning rates stand in `initial_lr`."""
+    def make_optimisers(self) -> list[torch.optim.Optimizer]:
+        """Those of the current phase."""
         settings = self.settings
         if self.progress.phase == 1:
-            self.optimisers = [torch.optim.AdamW([*self.vision, *self.head.parameters()], settings.adam_rate)]
-        else:
-            # Muon is for hidden matrices: not for gates, nor for the rows that stand for words
-            named = [
-                (name, p)
-                for name, p in self.model.model.language_model.named_parameters()
-                if p.ndim >= 2 and not name.endswith(("gate.weight", "embed_tokens.weight"))
-            ]
-            matrices = [p for _, p in named]
-            splits = [2 if name.endswith("gate_up_proj") else 1 for name, _ in named]
-            rest = [p for p in self.text if all(p is not matrix for matrix in matrices)]
-            adam = [{"params": rest, "lr": settings.adam_rate}, {"params": self.vision, "lr": settings.vision_rate}]
-            self.optimisers = [
-                Muon(matrices, settings.muon_rate, splits),
-                torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.0),
-            ]
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["initial_lr"] = group["lr"]
+            return [torch.optim.AdamW([*self.vision, *self.head.parameters()], settings.adam_rate)]
+        # Muon is for hidden matrices: not for gates, nor for the rows that stand for words
+        named = [
+            (name, p)
+            for name, p in self.model.model.language_model.named_parameters()
+            if p.ndim >= 2 and not name.endswith(("gate.weight", "embed_tokens.weight"))
+        ]
+        matrices = [p for _, p in named]
+        splits = [2 if name.endswith("gate_up_proj") else 1 for name, _ in named]
+        rest = [p for p in self.text if all(p is not matrix for matrix in matrices)]
+        adam = [{"params": rest, "lr": settings.adam_rate}, {"params": self.vision, "lr": settings.vision_rate}]
+        return [
+            Muon(matrices, settings.muon_rate, splits),
+            torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
 
     @torch.no_grad()
     def _join(self) -> None:
@@ -174,14 +131,6 @@ class Trainer:
                 for word, direction in zip(words, directions, strict=False):  # shapes and nothing have no word
                     table[VOCABULARY[word]] = length * direction
 
-    def _update(self, parameters: list[torch.Tensor], factor: float) -> None:
-        average_gradients(parameters, self.settings.processes)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimiser.step()
-            optimiser.zero_grad()
-
     def vision_step(self, step: int) -> dict:
         """Name what the vision tokens show."""
         size = self.settings.vision_batch // self.settings.processes
@@ -197,7 +146,7 @@ class Trainer:
         ]
         loss = sum((part * weight.flatten()).sum() for part in parts) / weight.sum()
         loss.backward()
-        self._update([*self.vision, *self.head.parameters()], schedule.rate(step, self.settings.vision_steps, 0.5))
+        self.update([*self.vision, *self.head.parameters()], schedule.rate(step, self.settings.vision_steps, 0.5))
         digits = labels[..., 0] < 10
         return {
             "loss": loss.item(),
@@ -220,74 +169,36 @@ class Trainer:
         balance = balance_loss(output.router_logits, model.config.text_config.num_experts_per_tok)
         (answer + settings.balance * balance).backward()
         factor = schedule.rate(step, settings.steps, 0.4)
-        self._update(self.text + self.vision if learns_to_see else self.text, factor)
+        self.update(self.text + self.vision if learns_to_see else self.text, factor)
 
-        right = right_answers(logits.detach(), batch).double()
-        counts = torch.zeros(2, len(TYPES), dtype=torch.float64)
-        counts[0].index_add_(0, batch.types, right)
-        counts[1].index_add_(0, batch.types, torch.ones_like(right))
-        dist.all_reduce(counts)
-        for number, (good, asked) in enumerate(counts.T.tolist()):
-            if asked:
-                self.progress.right[number] += 0.05 * (good / asked - self.progress.right[number])
+        exact = self.count_right(logits.detach(), batch)
         probabilities = torch.stack([one.detach().softmax(-1) for one in output.router_logits])
         entropy = torch.special.entr(probabilities).sum(-1).mean()
         return {
             "loss": answer.item(),
-            "exact": (counts[0].sum() / counts[1].sum()).item(),
+            "exact": exact,
             "balance": balance.item(),
             "routing_entropy": entropy.item(),
         }
 
     def evaluate(self, scenes: int) -> dict:
         """Exact match on dev, the scenes shared among the processes."""
-        share = scenes // self.settings.processes
         self.model.eval()
-        records = [None] * self.settings.processes
-        dist.all_gather_object(records, evaluate_packed(self.model, "dev", self.rank * share, share))
+        records = self.gather(lambda first, count: evaluate_packed(self.model, "dev", first, count), scenes)
         self.model.train()
-        return summarise([record for some in records for record in some])
-
-    def save(self) -> None:
-        """Write all that a resumed training needs; a kill at any moment leaves the old or the new file."""
-        if self.rank:
-            return
-        self.progress.seconds = time.monotonic() - self.started
-        state = {
-            "progress": asdict(self.progress),
-            "model": self.model.state_dict(),
-            "head": self.head.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-        }
-        torch.save(state, self.work / "state.tmp")
-        os.replace(self.work / "state.tmp", self.work / "state.pt")
-
-    def _out_of_time(self) -> bool:
-        """Whether the first process is past its time; all have to stop at the same step."""
-        flag = torch.tensor(float(time.monotonic() > self.stop_at))
-        dist.broadcast(flag, 0)
-        return bool(flag)
-
-    def _note(self, entry: dict) -> None:
-        progress = self.progress
-        entry = {"phase": progress.phase, "step": progress.step} | entry
-        entry["seconds"] = round(time.monotonic() - self.started, 1)
-        progress.log.append(entry)
-        if not self.rank:
-            with (self.work / "log.jsonl").open("a") as log:
-                log.write(json.dumps(entry) + "\n")
+        return summarise(records)
 
     def run(self, dev_every: int, dev_scenes: int, save_every: int) -> bool:
         """Train to the end, or until the time is up; whether the end was reached."""
         progress, settings = self.progress, self.settings
-        self._note({"settings": asdict(settings)})  # a resumed training may have others
+        self.note({"settings": asdict(settings)})  # a resumed training may have others
         for phase, steps, take in ((1, settings.vision_steps, self.vision_step), (2, settings.steps, self.text_step)):
             if progress.phase > phase:
                 continue
             if progress.phase < phase:
                 progress.phase, progress.step = phase, 0
                 self._join()
-                self._make_optimisers()
+                self.renew_optimisers()
             with tqdm(total=steps, initial=progress.step, desc=f"phase {phase}", disable=self.rank > 0) as bar:
                 while progress.step < steps:
                     figures = take(progress.step)
@@ -295,43 +206,21 @@ class Trainer:
                     bar.update()
                     bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
                     if phase == 1 and progress.step % 50 == 0:
-                        self._note(figures)
+                        self.note(figures)
                     if phase == 2 and (progress.step % dev_every == 0 or progress.step == steps):
                         scenes = dev_scenes if progress.step < steps else 6 * dev_scenes
-                        self._note(figures | {"dev": self.evaluate(scenes)})
+                        self.note(figures | {"dev": self.evaluate(scenes)})
                     if progress.step % save_every == 0 or progress.step == steps:
                         self.save()
-                    if self._out_of_time():
+                    if self.is_out_of_time():
                         self.save()
                         return False
         return True
 
 
-def export(model, directory: Path) -> None:
-    """Write the model as fp16 safetensors, and its processor, as `from_pretrained` reads them."""
-    model.model.language_model.set_experts_implementation("eager")
-    model.half().save_pretrained(directory)
-    save_processor(directory)
-
-
 def train(rank: int, settings: Settings, work: Path, minutes: float | None, resume: bool, options: dict) -> None:
-    """One process: rank 0 also writes the files."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
-    dist.init_process_group(
-        "gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=settings.processes,
-        timeout=timedelta(minutes=10),
-    )  # fmt: skip
-    trainer = Trainer(rank, settings, work, minutes, resume)
-    if trainer.run(**options) and rank == 0:
-        result = provenance(torch.device("cpu")) | {
-            "seconds": round(trainer.progress.seconds),
-            "log": trainer.progress.log,
-        }
-        (work / "training.json").write_text(json.dumps(result, indent=1) + "\n")
-        export(trainer.model, work / "checkpoint")
-    dist.destroy_process_group()
+    """One process."""
+    run_process(Trainer, save_processor, rank, settings, work, minutes, resume, options)
 
 
 def main(

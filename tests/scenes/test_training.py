@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from quality import schedule
-from quality.batches import IGNORE, PREFIX, pack, to_pixels, token_labels
+from quality.batches import PREFIX, pack, to_pixels, token_labels
 from quality.dispatch import sorted_experts
 from quality.evaluate import answer_logits, evaluate_generated, evaluate_packed, summarise
 from quality.model import new_model
 from quality.muon import Muon, orthogonalise
+from quality.scoring import IGNORE
 from quality.train import Settings, train
 from safetensors.torch import load_file
 
