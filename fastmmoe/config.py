@@ -27,6 +27,15 @@ class ExpertChoice:
     skip_below: tuple[float, float] | None = None
     budget: int | None = None
 
+    def check_experts(self, num_experts: int) -> None:
+        """Check that a layer of so many experts can be routed so.
+
+        Raises:
+            ValueError: a budget that all experts fit into.
+        """
+        if self.budget is not None and self.budget >= num_experts:
+            raise ValueError(f"expert_budget={self.budget}: expected fewer than the model's {num_experts} experts")
+
 
 class ReductionConfig:
     """Base of every config that `fastmmoe.enable` and `fastmmoe.flops` take: checks, the fit to a model, JSON.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from quality.scoring import Packed, pack_questions
 
 from pages.layout import BAR, Page
 from pages.model import MERGE, PATCH, TOKEN
@@ -13,25 +14,14 @@ from pages.questions import TYPES, Question, ask, types_of
 from pages.words import COLUMNS, ROWS, VOCABULARY, token_ids
 
 EOS, PAD = VOCABULARY["<eos>"], VOCABULARY["<pad>"]
-IGNORE = -100  # cross entropy's default
 NAMES = list(TYPES)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B pages with their questions packed behind them: a question sees its page and itself.
+class Batch(Packed):
+    """Questions about pages: `positions` [3, B, L] are M-RoPE's: time, height, width."""
 
-    `ids` [B, L] and `positions` [3, B, L] (M-RoPE's: time, height, width), `mask` bool [B, 1, L, L] (true: may look),
-    `labels` [B, L] with the next token where it is part of an answer, `owner` [B, L] the number of the question that
-    a token belongs to (-1: none), `types` the number of every question's type, questions in the order of `owner`.
-    """
-
-    ids: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
-    labels: torch.Tensor
-    owner: torch.Tensor
-    types: torch.Tensor
 
 
 def draw_questions(page: Page, rng: np.random.Generator, weights: np.ndarray, count: int) -> list[Question]:
@@ -57,33 +47,22 @@ def image_positions(side: int) -> torch.Tensor:
 def pack(asked: list[list[Question]], side: int) -> Batch:
     """Questions about pages of side x side vision tokens as one batch."""
     image = [VOCABULARY["<vision>"], *[VOCABULARY["<image>"]] * side**2, VOCABULARY["</vision>"]]
-    prefix, first = len(image), side + 2  # tokens; position of the first word
-    rows, types = [], []
-    for questions in asked:
-        ids, positions, labels, owner = list(image), [], [IGNORE] * prefix, [-1] * prefix
-        for question in questions:
-            prompt, answer = token_ids(question.text), token_ids(question.answer)
-            ids += prompt + answer
-            positions += range(first, first + len(prompt) + len(answer))
-            labels += [IGNORE] * (len(prompt) - 1) + list(answer) + [EOS]
-            owner += [len(types)] * (len(prompt) + len(answer))
-            types.append(NAMES.index(question.type))
-        rows.append((ids, positions, labels, owner))
-    length = max(len(ids) for ids, *_ in rows)
-    ids, labels, owner = (
-        torch.tensor([values + [fill] * (length - len(values)) for values in column])
-        for column, fill in zip(
-            ([row[i] for row in rows] for i in (0, 2, 3)), (PAD, IGNORE, -1), strict=True
-        )
+    packed = pack_questions(
+        image,
+        [
+            [
+                (list(token_ids(question.text)), list(token_ids(question.answer)), NAMES.index(question.type))
+                for question in questions
+            ]
+            for questions in asked
+        ],
+        EOS,
+        PAD,
     )
-    words = torch.tensor([row[1] + [0] * (length - prefix - len(row[1])) for row in rows])
-    positions = torch.cat(
-        (image_positions(side)[:, None].expand(-1, len(rows), -1), words.expand(3, -1, -1)), 2
-    )
-    steps = torch.arange(length)
-    mask = (steps < prefix) | (owner[:, None, :] == owner[:, :, None])
-    mask = (mask & (steps <= steps[:, None]))[:, None]
-    return Batch(ids, positions, mask, labels, owner, torch.tensor(types))
+    # words go on behind the last of the page's rows and columns, and its end
+    positions = (side + 2 + packed.steps).expand(3, -1, -1).clone()
+    positions[:, :, : len(image)] = image_positions(side)[:, None]
+    return Batch(**vars(packed), positions=positions)
 
 
 def cell_labels(pages: list[Page], side: int) -> torch.Tensor:

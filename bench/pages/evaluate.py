@@ -1,10 +1,9 @@
 """How well a model answers: exact match per type of question, and its standard error.
 
-    python bench/pages/evaluate.py --checkpoint bench/pages/checkpoint --split test --pages 500
+    python bench/pages/evaluate.py --checkpoint /tmp/pages/checkpoint --split test --pages 500
 """
 
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,24 +14,13 @@ from transformers import AutoModelForImageTextToText, Qwen3VLMoeForConditionalGe
 
 sys.path.append(str(Path(__file__).parents[1]))
 from provenance import provenance, write_json
+from quality.scoring import IGNORE, Record, accuracy, right_answers
 
-from pages.batches import IGNORE, Batch, pack, patches
+from pages.batches import Batch, pack, patches
 from pages.layout import generator, page
 from pages.questions import GROUPS, TYPES, ask, group_of, types_of
 from pages.render import render
 from pages.words import SIDE
-
-Record = tuple[int, str, bool]  # number of the page, type of the question, right
-
-
-def right_answers(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Whether every token of an answer is the likeliest one, bool [questions]; greedy decoding says just these then.
-
-    `logits` [N, V] are those of the N tokens that have a label.
-    """
-    labelled = batch.labels != IGNORE
-    wrong = logits.argmax(-1) != batch.labels[labelled]
-    return torch.zeros(len(batch.types)).index_add(0, batch.owner[labelled], wrong.float()) == 0
 
 
 def answer_logits(
@@ -82,22 +70,10 @@ def evaluate_packed(
 
 
 def summarise(records: list[Record]) -> dict[str, dict]:
-    """Exact match, standard error and number of questions: overall, by group of types, by type.
-
-    Questions about one page go wrong together, so pages, not questions, are the independent draws of the error.
-    """
+    """`accuracy` of all questions, by group of types, and by type."""
     groups = {"overall": records} | {name: [r for r in records if group_of(r[1]) == name] for name in GROUPS}
     groups |= {name: [r for r in records if r[1] == name] for name in TYPES}
-    return {name: _accuracy(group) for name, group in groups.items() if group}
-
-
-def _accuracy(records: list[Record]) -> dict:
-    mean = sum(right for *_, right in records) / len(records)
-    residual = defaultdict(float)
-    for number, _, right in records:
-        residual[number] += right - mean
-    error = sum(value**2 for value in residual.values()) ** 0.5 / len(records)
-    return {"accuracy": round(mean, 4), "standard_error": round(error, 4), "n": len(records)}
+    return {name: accuracy(group) for name, group in groups.items() if group}
 
 
 def main(

@@ -160,9 +160,8 @@ def syllables(split: Split, index: int, side: int) -> Page:
         for column in range(side):
             chance = rng.random()
             if chance < 0.7:
-                word = next(iter(held_out))
-                while word in held_out:
-                    word = "".join(halves[int(rng.integers(len(halves)))] for halves in (FIRST, SECOND))
+                while (word := _one(FIRST, rng) + _one(SECOND, rng)) in held_out:
+                    pass
                 cells[row, column] = word
             elif chance < 0.9:
                 # numbers of one, two and three digits
@@ -171,3 +170,7 @@ def syllables(split: Split, index: int, side: int) -> Page:
             elif chance < 0.93:
                 cells[row, column] = BAR
     return Page("text", cells)
+
+
+def _one(halves: tuple[str, ...], rng: np.random.Generator) -> str:
+    return halves[int(rng.integers(len(halves)))]

@@ -1,4 +1,4 @@
-"""Train the pages' model: about an hour on two CPU cores.
+"""Train the pages' model: about an hour and a quarter on two CPU cores, by the steps per second of its stages.
 
     python bench/pages/train.py --work /tmp/pages
     python bench/pages/train.py --work /tmp/pages --resume
@@ -11,32 +11,27 @@ training goes on as if it had not stopped. The last step's weights are the resul
 touched.
 """
 
-import json
-import os
 import sys
-import time
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from math import isqrt
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 from torch import nn
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
-from provenance import provenance
 from quality import dispatch
 from quality.muon import Muon
-from quality.train import average_gradients, balance_loss
+from quality.scoring import IGNORE
+from quality.trainer import BaseTrainer, balance_loss, run_process
 
-from pages.batches import IGNORE, NAMES, cell_labels, draw_questions, ideal_features, pack, patches
-from pages.evaluate import answer_logits, evaluate_packed, right_answers, summarise
+from pages.batches import NAMES, cell_labels, draw_questions, ideal_features, pack, patches
+from pages.evaluate import answer_logits, evaluate_packed, summarise
 from pages.layout import generator, page, syllables
 from pages.model import new_model
 from pages.processor import save_processor
@@ -75,28 +70,19 @@ class Progress:
     log: list[dict] = field(default_factory=list)
 
 
-class Trainer:
-    """One process of a training."""
+class Trainer(BaseTrainer):
+    """One process of this training."""
+
+    place = ("stage", "step")
 
     def __init__(self, rank: int, settings: Settings, work: Path, minutes: float | None, resume: bool):
-        self.rank, self.settings, self.work = rank, settings, work
         self.model = new_model(settings.seed)
         self.model.model.language_model.set_experts_implementation(dispatch.NAME)
-        self.progress = Progress()
         self.vision = dict(self.model.model.visual.named_parameters())
         self.text = dict(self.model.model.language_model.named_parameters()) | {"lm_head": self.model.lm_head.weight}
-        self.stop_at = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-        saved = torch.load(work / "state.pt") if resume else None
-        if saved:
-            self.progress = Progress(**saved["progress"])
-            self.model.load_state_dict(saved["model"])
-        self._make_optimisers()
-        if saved:
-            for optimiser, value in zip(self.optimisers, saved["optimisers"], strict=True):
-                optimiser.load_state_dict(value)
-        self.started = time.monotonic() - self.progress.seconds
+        super().__init__(rank, settings, work, minutes, resume, {"model": self.model}, Progress())
 
-    def _make_optimisers(self) -> None:
+    def make_optimisers(self) -> list[torch.optim.Optimizer]:
         """Those of the current stage's task."""
         settings, task = self.settings, STAGES[self.progress.stage].task
         learning = (self.text if task in ("answer", "join") else {}) | (self.vision if task != "answer" else {})
@@ -107,21 +93,10 @@ class Trainer:
         splits = [next((n for end, n in parts.items() if name.endswith(end)), 1) for name in named]
         rest = [p for name, p in learning.items() if name not in named]
         self.learning = [*named.values(), *rest]
-        self.optimisers = [
+        return [
             Muon(list(named.values()), settings.muon_rate, splits),
             torch.optim.AdamW(rest, settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["initial_lr"] = group["lr"]
-
-    def _update(self, factor: float) -> None:
-        average_gradients(self.learning, self.settings.processes)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimiser.step()
-            optimiser.zero_grad()
 
     def _numbers(self, stage: Stage, step: int) -> range:
         """The pages of this process in a step."""
@@ -129,11 +104,6 @@ class Trainer:
         first = self.settings.seed * PAGES_PER_SEED + self.progress.stage * PAGES_PER_STAGE
         first += step * stage.pages + self.rank * size
         return range(first, first + size)
-
-    def _noise(self, step: int) -> torch.Generator:
-        """The random numbers of a step."""
-        seed = hash((self.settings.seed, self.progress.stage, step, self.rank))
-        return torch.Generator().manual_seed(seed)
 
     def _see(self, pages: list, numbers: range, side: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The vision tower's features and DeepStack features, both [B, side * side, H]."""
@@ -153,7 +123,7 @@ class Trainer:
         if stage.task == "place":
             loss = loss + placing_loss(deep, table)
         loss.backward()
-        self._update(rate(stage, step))
+        self.update(self.learning, rate(stage, step))
         return {"loss": loss.item(), "cells": right}
 
     def answering_step(self, stage: Stage, step: int) -> dict:
@@ -169,7 +139,7 @@ class Trainer:
         batch = pack(asked, stage.side)
         labels, table = cell_labels(pages, stage.side), model.get_input_embeddings().weight
         if stage.task == "answer":
-            noise = self._noise(step)
+            noise = torch.Generator().manual_seed(numbers.start)
             features, deep = (
                 ideal + NOISE * torch.randn(ideal.shape, generator=noise)
                 for ideal in ideal_features(labels, table, stage.side)
@@ -182,61 +152,25 @@ class Trainer:
         answer = nn.functional.cross_entropy(logits, batch.labels[batch.labels != IGNORE])
         balance = balance_loss(output.router_logits, model.config.text_config.num_experts_per_tok)
         (answer + settings.balance * balance + READING * reading).backward()
-        self._update(rate(stage, step))
+        self.update(self.learning, rate(stage, step))
 
-        right = right_answers(logits.detach(), batch).double()
-        counts = torch.zeros(2, len(NAMES), dtype=torch.float64)
-        counts[0].index_add_(0, batch.types, right)
-        counts[1].index_add_(0, batch.types, torch.ones_like(right))
-        dist.all_reduce(counts)
-        for number, (good, count) in enumerate(counts.T.tolist()):
-            if count:
-                self.progress.right[number] += 0.05 * (good / count - self.progress.right[number])
         return {
             "loss": answer.item(),
-            "exact": (counts[0].sum() / counts[1].sum()).item(),
+            "exact": self.count_right(logits.detach(), batch),
             "types": float(np.mean(self.progress.right)),
             "balance": balance.item(),
         }
 
     def evaluate(self, pages: int) -> dict:
         """Exact match on dev, the pages shared among the processes."""
-        share = pages // self.settings.processes
-        records = [None] * self.settings.processes
-        dist.all_gather_object(records, evaluate_packed(self.model, "dev", self.rank * share, share))
-        return summarise([record for some in records for record in some])
-
-    def save(self) -> None:
-        """Write all that a resumed training needs; a kill at any moment leaves the old or the new file."""
-        if self.rank:
-            return
-        self.progress.seconds = time.monotonic() - self.started
-        state = {
-            "progress": asdict(self.progress),
-            "model": self.model.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-        }
-        torch.save(state, self.work / "state.tmp")
-        os.replace(self.work / "state.tmp", self.work / "state.pt")
-
-    def _out_of_time(self) -> bool:
-        """Whether the first process is past its time; all have to stop at the same step."""
-        flag = torch.tensor(float(time.monotonic() > self.stop_at))
-        dist.broadcast(flag, 0)
-        return bool(flag)
-
-    def _note(self, entry: dict) -> None:
-        entry = {"stage": self.progress.stage, "step": self.progress.step} | entry
-        entry["seconds"] = round(time.monotonic() - self.started, 1)
-        self.progress.log.append(entry)
-        if not self.rank:
-            with (self.work / "log.jsonl").open("a") as log:
-                log.write(json.dumps(entry) + "\n")
+        records = self.gather(lambda first, count: evaluate_packed(self.model, "dev", first, count), pages)
+        return summarise(records)
 
     def run(self, dev_every: int, dev_pages: int, save_every: int) -> bool:
         """Train to the end, or until the time is up; whether the end was reached."""
         progress = self.progress
-        self._note({"settings": asdict(self.settings)})  # a resumed training may have others
+        # a resumed training may have others
+        self.note({"settings": asdict(self.settings), "stages": [asdict(stage) for stage in STAGES]})
         while True:
             stage = STAGES[progress.stage]
             steps = stage.steps // self.settings.shorten
@@ -249,22 +183,22 @@ class Trainer:
                     bar.update()
                     if progress.step % 50 == 0:
                         bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
-                        self._note(figures)
+                        self.note(figures)
                     if stage.task == "join" and (progress.step % dev_every == 0 or progress.step == steps):
                         pages = dev_pages if progress.step < steps else 6 * dev_pages
-                        self._note({"dev": self.evaluate(pages)})
+                        self.note({"dev": self.evaluate(pages)})
                     if progress.step % save_every == 0:
                         self.save()
-                    if self._out_of_time():
+                    if self.is_out_of_time():
                         self.save()
                         return False
             if stage is STAGES[-1]:
                 self.save()
                 return True
-            self._note({"right": dict(zip(NAMES, progress.right, strict=True))})
+            self.note({"right": dict(zip(NAMES, progress.right, strict=True))})
             task, progress.stage, progress.step = stage.task, progress.stage + 1, 0
             if STAGES[progress.stage].task != task:
-                self._make_optimisers()
+                self.renew_optimisers()
             self.save()
 
 
@@ -312,32 +246,9 @@ def side_of(cells: torch.Tensor) -> int:
     return isqrt(cells.shape[1])
 
 
-def export(model, directory: Path) -> None:
-    """Write the model as fp16 safetensors, and its processor, as `from_pretrained` reads them."""
-    model.model.language_model.set_experts_implementation("eager")
-    model.half().save_pretrained(directory)
-    save_processor(directory)
-
-
 def train(rank: int, settings: Settings, work: Path, minutes: float | None, resume: bool, options: dict) -> None:
-    """One process: rank 0 also writes the files."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
-    dist.init_process_group(
-        "gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=settings.processes,
-        timeout=timedelta(minutes=10),
-    )  # fmt: skip
-    trainer = Trainer(rank, settings, work, minutes, resume)
-    if trainer.run(**options) and rank == 0:
-        result = provenance(torch.device("cpu")) | {
-            "seconds": round(trainer.progress.seconds),
-            "stages": [asdict(stage) for stage in STAGES],
-            "log": trainer.progress.log,
-        }
-        (work / "training.json").write_text(json.dumps(result, indent=1) + "\n")
-        export(trainer.model, work / "checkpoint")
-    dist.destroy_process_group()
+    """One process."""
+    run_process(Trainer, save_processor, rank, settings, work, minutes, resume, options)
 
 
 def main(

@@ -56,9 +56,9 @@ def count_tokens(
     top_k = architecture.num_experts_per_tok
     config.check_model(architecture.num_hidden_layers, top_k)
     choices = [config.expert_choice(layer, top_k) for layer in range(architecture.num_hidden_layers)]
-    for budget in {choice.budget for choice in choices if choice is not None and choice.budget is not None}:
-        if budget >= (most := architecture.num_experts):
-            raise ValueError(f"expert_budget={budget}: expected fewer than the model's {most} experts")
+    for choice in choices:
+        if choice is not None:
+            choice.check_experts(architecture.num_experts)
     text, vision = _counts("n_text", n_text), _counts("n_vision", n_vision)
     if len(text) != len(vision):
         raise ValueError(f"n_vision: expected {len(text)} samples like n_text, got {len(vision)}")

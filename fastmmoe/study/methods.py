@@ -138,7 +138,7 @@ class Setting:
         official = _official_layers(model, len(text.layers))
         preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
         for config in calibrated:
-            config.check_model(len(text.layers), top_k)
+            Plan.of(family, text, config)  # refuses what does not fit
         reason = _why_no_budget(family, text, top_k)
         budgets = () if reason else _budgets(architecture_of(text.config).num_experts, top_k)
         return cls(len(text.layers), top_k, preset, n_vision, calibrated, budgets, reason)
@@ -162,29 +162,24 @@ class Setting:
         return Place(self.placements[placement], retention, experts, self.n_vision, self.preset, self.calibrated)
 
 
-def read_calibration(path: Path) -> ReductionConfig:
+def read_calibration(path: Path, gates: str) -> ReductionConfig:
     """A config that was found for a model, from the file of its calibration.
 
+    Args:
+        gates: `gates_sha256` of the model. A file that was written by hand does not say of which model it is.
+
     Raises:
-        ValueError: it cannot be read, or holds none.
+        ValueError: it cannot be read, holds none, or that of another model.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return _KINDS[values["type"]].from_dict(values["config"])
+        config = _KINDS[values["type"]].from_dict(values["config"])
+        model = values["calibration"]["study"]["model"]["gates_sha256"] if "calibration" in values else gates
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: holds no calibrated config ({type(error).__name__}: {error})") from error
-
-
-def check_calibration(path: Path, gates: str) -> None:
-    """Check that a calibration is of the model with gates of this digest, where its file says of which it is.
-
-    Raises:
-        ValueError: it is of another model.
-    """
-    study = json.loads(path.read_text(encoding="utf-8")).get("calibration", {}).get("study", {})
-    calibrated = study.get("model", {}).get("gates_sha256", gates)
-    if calibrated != gates:
-        raise ValueError(f"calibration: {path} is of another model (gates {calibrated[:12]}, expected {gates[:12]})")
+    if model != gates:
+        raise ValueError(f"calibration: {path} is of another model (gates {model[:12]}, expected {gates[:12]})")
+    return config
 
 
 def entries() -> list[Entry]:

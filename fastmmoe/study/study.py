@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from fastmmoe.config import ReductionConfig
 from fastmmoe.families import find_text_model
 from fastmmoe.families.chat import check_question, placeholders_of
 from fastmmoe.families.checkpoint import load_model, read_config
@@ -109,10 +108,6 @@ class Settings:
         return tuple(part for part in PARTS if self.has_dev or part not in CHOOSING)
 
     @property
-    def calibrated(self) -> tuple[ReductionConfig, ...]:
-        return () if self.calibration is None else (grids.read_calibration(self.calibration),)
-
-    @property
     def has_dev(self) -> bool:
         return self.data is None or self.dev_data is not None
 
@@ -157,10 +152,10 @@ class Session:
 
     @functools.cached_property
     def setting(self) -> Setting:
-        if self.settings.calibration is not None:
-            grids.check_calibration(self.settings.calibration, gates_sha256(self.model))
+        path = self.settings.calibration
+        calibrated = () if path is None else (grids.read_calibration(path, gates_sha256(self.model)),)
         counts = {n for batch in self.questions(self.settings.split)[1] for n in batch.layout.n_vision}
-        return Setting.of(self.model, counts.pop() if len(counts) == 1 else None, self.settings.calibrated)
+        return Setting.of(self.model, counts.pop() if len(counts) == 1 else None, calibrated)
 
     def questions(self, split: str) -> tuple[list[Example], list[Batch]]:
         """A split's questions and their prompts."""

@@ -137,7 +137,7 @@ def test_a_calibrated_config_is_compared_alone_and_with_pruning(tmp_path):
     path = tmp_path / "modes.json"
     config = skipping(8)
     path.write_text(json.dumps({"type": "MoDESConfig", "config": config.to_dict()}))
-    assert methods.read_calibration(path) == config
+    assert methods.read_calibration(path, "digest") == config
     found = Setting.of(tiny_internvl(num_hidden_layers=8), 100, (config,))
     grid = [method for method in methods.main_grid(found) if isinstance(method.config, MoDESConfig)]
     alone, *pruned = grid
@@ -146,7 +146,9 @@ def test_a_calibrated_config_is_compared_alone_and_with_pruning(tmp_path):
     assert all(method.config.text_importance == config.text_importance for method in pruned)
     with pytest.raises(ValueError, match="text_importance"):
         Setting.of(tiny_internvl(), 100, (config,))
+    with pytest.raises(ValueError, match="expert_budget=8: expected fewer than the model's 8 experts"):
+        Setting.of(tiny_internvl(num_hidden_layers=8), 100, (replace(config, expert_budget=8),))
     for content in ("", "{}", '{"type": "Other", "config": {}}', '{"type": "MoDESConfig", "config": {"speed": 1}}'):
         path.write_text(content)
         with pytest.raises(ValueError, match="holds no calibrated config"):
-            methods.read_calibration(path)
+            methods.read_calibration(path, "digest")

@@ -318,12 +318,12 @@ def test_a_calibration_is_of_the_models_own(settings, tmp_path):
     config = skipping(special_tokens=())
     values = {"type": type(config).__name__, "config": config.to_dict()}
     own = session_of(settings).describe_model()["gates_sha256"]
-    methods.check_calibration(_written(path, values), own)  # by hand: it does not say of which
+    assert methods.read_calibration(_written(path, values), own) == config  # by hand: it does not say of which
     for gates in (own, "0" * 64):
         study = {"calibration": {"study": {"model": {"gates_sha256": gates}}}}
         _written(path, values | study)
         if gates == own:
-            methods.check_calibration(path, own)
+            assert methods.read_calibration(path, own) == config
         else:
             with pytest.raises(ValueError, match="calibration: .*modes.json is of another model"):
                 Study(replace(settings, calibration=path), tmp_path / "out", ["methods"])

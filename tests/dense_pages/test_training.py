@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from pages import train as training
-from pages.batches import IGNORE, NAMES, cell_labels, draw_questions, ideal_features, pack, patches
+from pages.batches import NAMES, cell_labels, draw_questions, ideal_features, pack, patches
 from pages.evaluate import answer_logits, evaluate_packed, summarise
 from pages.layout import BAR, generator, page
 from pages.model import VISION_TOKENS, new_model
@@ -17,18 +16,12 @@ from pages.schedule import STAGES, Stage, rate
 from pages.train import Settings, Trainer, reading_loss
 from pages.words import SIDE, VOCABULARY, token_ids
 from PIL import Image
+from quality.scoring import IGNORE
 
 
 @pytest.fixture(scope="module")
 def model():
     return new_model(0).eval()
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_patches_are_the_processors():
@@ -166,7 +159,7 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(one_process, tm
             trainer = Trainer(0, settings, work, None, resume=part > 0)
             if limit is not None:
                 steps = iter([False] * (limit - 1))
-                monkeypatch.setattr(trainer, "_out_of_time", lambda steps=steps: next(steps, True))
+                monkeypatch.setattr(trainer, "is_out_of_time", lambda steps=steps: next(steps, True))
             assert trainer.run(**options) == (limit is None)
         ends.append(trainer)
     for one, other in zip(*(trainer.model.state_dict().values() for trainer in ends), strict=True):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from quality import schedule
 from quality.batches import PREFIX, pack, to_pixels, token_labels
 from quality.dispatch import sorted_experts
@@ -21,13 +20,6 @@ from fastmmoe.scenes import generator, questions, scene
 @pytest.fixture(scope="module")
 def model():
     return new_model(0).eval()
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_experts_and_their_gradients_are_those_of_transformers(model):
