@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-transformers fuzz nightly lint aot \
+.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-lmms vlmevalkit test-vlmevalkit test-transformers fuzz nightly lint aot \
 	wheel bench reference clean
 
 help:
@@ -16,6 +16,8 @@ help:
 	@echo "make test-oldest  all tests, and every kernel compiled, under the oldest supported versions"
 	@echo "make test-newest  the same under the newest; make test-versions: both"
 	@echo "make test-vllm    the plugin for vLLM, in an environment with vLLM"
+	@echo "make test-lmms    the plugin for lmms-eval, in an environment with lmms-eval"
+	@echo "make vlmevalkit   an environment with VLMEvalKit; make test-vlmevalkit runs its tests there"
 	@echo "make test-transformers  transformers' own tests of three models, as they are and with FastMMoE"
 	@echo "make fuzz       10,000 random cases of the ops, compared with the reference"
 	@echo "make nightly    all of these, long random sequences of uses of every model, families under drawn settings, load"
@@ -92,6 +94,38 @@ $(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest --durations=10 $(or $(TESTS),tests/engines)
 
+# lmms-eval wants some things in versions of its own
+LMMS := .venv-lmms
+REQUIREMENTS_LMMS := tests/harnesses/lmms_eval/requirements.txt
+
+$(LMMS)/.installed: pyproject.toml setup.py constraints.txt $(REQUIREMENTS_LMMS)
+	$(PYTHON) -m venv $(LMMS)
+	$(subst $(VENV),$(LMMS),$(PIP)) torch
+	$(subst $(VENV),$(LMMS),$(PIP)) --editable ".[study,triton]" accelerate pytest
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(REQUIREMENTS_LMMS)
+	touch $@
+
+test-lmms: $(LMMS)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LMMS)/bin/python -m pytest --durations=5 $(or $(TESTS),tests/harnesses)
+
+# VLMEvalKit in an environment of its own, with this package: fastmmoe eval --harness vlmevalkit --python .venv-vlmeval/bin/python
+VLMEVAL := .venv-vlmeval
+REQUIREMENTS_VLMEVAL := tests/harnesses/vlmevalkit/requirements.txt
+
+$(VLMEVAL)/.installed: pyproject.toml setup.py constraints.txt $(REQUIREMENTS_VLMEVAL)
+	$(PYTHON) -m venv $(VLMEVAL)
+	$(subst $(VENV),$(VLMEVAL),$(PIP)) torch
+	$(subst $(VENV),$(VLMEVAL),$(PIP)) --editable ".[study,triton]" accelerate pytest
+	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--requirement $(REQUIREMENTS_VLMEVAL)
+	touch $@
+
+vlmevalkit: $(VLMEVAL)/.installed
+
+test-vlmevalkit: $(VLMEVAL)/.installed
+	PYTHONPATH=tests/harnesses/vlmevalkit/torchvision_ops OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLMEVAL)/bin/python -m pytest \
+		--durations=5 $(or $(TESTS),tests/harnesses)
+
 # transformers' own tests, from its source distribution; FIGURES=--json=FILE writes what became of them
 SUITE := build/transformers_suite
 
@@ -117,7 +151,7 @@ fuzz: $(STAMP)
 		--numprocesses auto -rP tests/kernels/test_fuzz.py
 
 # the seed of a failing sequence is printed
-nightly: $(STAMP) test-versions test-vllm test-transformers
+nightly: $(STAMP) test-versions test-vllm test-lmms test-vlmevalkit test-transformers
 	FASTMMOE_STATE_MACHINE_EXAMPLES=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
@@ -145,4 +179,4 @@ reference:
 	$(MAKE) -C csrc_ref
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) $(LMMS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,12 +27,18 @@ class ExpertChoice:
     skip_below: tuple[float, float] | None = None
     budget: int | None = None
 
-    def check_experts(self, num_experts: int) -> None:
+    def check_experts(self, num_experts: int, groups: int, title: str) -> None:
         """Check that a layer of so many experts can be routed so.
 
+        Args:
+            groups: of experts, the best of which the gate chooses first; 1: none.
+            title: whose gate that is.
+
         Raises:
-            ValueError: a budget that all experts fit into.
+            ValueError: a budget that all experts fit into, or of a gate that chooses by groups.
         """
+        if self.budget is not None and groups > 1:
+            raise ValueError(f"expert_budget: not supported with {title}'s gate, which chooses by groups")
         if self.budget is not None and self.budget >= num_experts:
             raise ValueError(f"expert_budget={self.budget}: expected fewer than the model's {num_experts} experts")
 

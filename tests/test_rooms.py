@@ -44,6 +44,7 @@ ROOMS = (
     "fastmmoe.scenes",
     "fastmmoe.study",
     "fastmmoe.calibration",
+    "fastmmoe.harnesses",
     "fastmmoe.cli",
 )
 # rooms whose modules name one another's types: there, only imports that run may not go in circles

@@ -102,7 +102,7 @@ def ideal_features(labels: torch.Tensor, table: torch.Tensor, side: int) -> tupl
 
 
 def patches(pictures: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the processor makes of pictures of one size: patches [P, 1176] in -1..1, and the grids, [B, 3]."""
+    """What the processor makes of pictures of one size: patches [P, 1536] in -1..1, and the grids, [B, 3]."""
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
     side = pixels.shape[2] // TOKEN
     # [B, 3, row, row in token, y, column, column in token, x] -> the patches of a vision token beside each other

@@ -1,4 +1,4 @@
-"""The fonts of the pages, from packages, none in two splits; and words as ink.
+"""The fonts of the pages, from packages, none in two splits; and letters as ink.
 
 matplotlib brings DejaVu, STIX and Computer Modern, the `pages` extra the rest.
 """
@@ -6,15 +6,16 @@ matplotlib brings DejaVu, STIX and Computer Modern, the `pages` extra the rest.
 from __future__ import annotations
 
 import importlib.util
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from pages.words import Split
 
-SIZES = (10, 11, 12)  # pixels per em
+SIZES = (11, 12, 13)  # pixels per em
 STRETCHES = (0.95, 1.05, 1.2)  # of the width
+PITCH = 7  # pixels from letter to letter
 
 # package and file of every style
 FONTS: dict[Split, tuple[tuple[str, str], ...]] = {
@@ -79,16 +80,16 @@ def _font(package: str, name: str, size: int):
     return ImageFont.truetype(str(_file(package, name)), size)
 
 
-@lru_cache(50_000)
-def ink(font: tuple[str, str], size: int, stretch: float, text: str, widest: int) -> np.ndarray:
-    """A text as ink, uint8 [1.5 * size, width] (255: ink), its baseline at 1.1 * size; at most `widest` pixels wide."""
+@cache
+def ink(font: tuple[str, str], size: int, stretch: float, letter: str) -> np.ndarray:
+    """A letter as ink, uint8 [1.5 * size, up to PITCH] (255: ink), its baseline at 1.1 * size."""
     from PIL import Image, ImageDraw
 
     drawn = _font(*font, size)
-    left, _, right, _ = drawn.getbbox(text, anchor="ls")
+    left, _, right, _ = drawn.getbbox(letter, anchor="ls")
     image = Image.new("L", (right - left, round(1.5 * size)))
-    ImageDraw.Draw(image).text((-left, round(1.1 * size)), text, fill=255, font=drawn, anchor="ls")
-    width = min(max(1, round(stretch * image.width)), widest)
+    ImageDraw.Draw(image).text((-left, round(1.1 * size)), letter, fill=255, font=drawn, anchor="ls")
+    width = min(max(1, round(stretch * image.width)), PITCH)
     if width != image.width:
         image = image.resize((width, image.height), Image.Resampling.BILINEAR)
     return np.asarray(image)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pages.words import KINDS, SIDE, SPLITS, WORDS, Split, words
+from pages.words import FIRST, KINDS, SECOND, SIDE, SPLITS, Split, words
 
 BAR = "<bar>"  # a cell full of ink
-FIRST, SECOND = (tuple(sorted({word[part] for word in WORDS})) for part in (slice(2), slice(2, 4)))
 
 Place = tuple[int, int]  # row and column, from 0, top left
 
@@ -53,16 +52,18 @@ def generator(split: Split, index: int, stream: int = 0) -> np.random.Generator:
     return np.random.default_rng((SPLITS.index(split), index, stream))
 
 
-def page(split: Split, index: int, side: int = SIDE) -> Page:
-    """Page number `index` of a split, the same on every call; kinds in turn; on the first `side` rows and columns."""
+def page(split: Split, index: int, side: int = SIDE, pool: tuple[str, ...] | None = None) -> Page:
+    """Page number `index` of a split, the same on every call; kinds in turn; on the first `side` rows and columns.
+
+    Its words are from `pool`; None: those of the split.
+    """
     rng = generator(split, index)
     draw = {"text": _text, "table": _table, "receipt": _receipt, "chart": _chart}[KINDS[index % len(KINDS)]]
-    return draw(rng, split, side)
+    return draw(rng, words(split) if pool is None else pool, side)
 
 
-def _draw_words(rng: np.random.Generator, split: Split, count: int) -> list[str]:
+def _draw_words(rng: np.random.Generator, pool: tuple[str, ...], count: int) -> list[str]:
     """Different words."""
-    pool = words(split)
     return [pool[i] for i in rng.choice(len(pool), count, replace=False)]
 
 
@@ -74,11 +75,11 @@ def _rows(rng: np.random.Generator, count: int, first: int, last: int) -> list[i
     return [start + step * number for number in range(count)]
 
 
-def _text(rng: np.random.Generator, split: Split, side: int) -> Page:
+def _text(rng: np.random.Generator, pool: tuple[str, ...], side: int) -> Page:
     """Lines of words and numbers; one word in ten stands there several times."""
     rows = _rows(rng, int(rng.integers(2, side // 2 + 1)), 0, side - 1)
     margin = int(rng.integers(0, side // 6 + 1))
-    different = _draw_words(rng, split, min(40 if side > 12 else 20, len(words(split))))
+    different = _draw_words(rng, pool, min(40 if side > 12 else 20, len(pool)))
     frequent, rest = different[: len(different) // 10], different[len(different) // 10 :]
     cells, unused = {}, iter(rest)
     for row in rows:
@@ -99,14 +100,14 @@ def _entry_rows(rng: np.random.Generator, side: int, first: int, last: int) -> l
     return _rows(rng, int(rng.integers(3, min(8, last - first + 1) + 1)), first, last)
 
 
-def _table(rng: np.random.Generator, split: Split, side: int) -> Page:
+def _table(rng: np.random.Generator, pool: tuple[str, ...], side: int) -> Page:
     """Headers over columns of numbers, labels in front of them."""
     columns = int(rng.integers(2, min(5, side // 2) + 1))
     step = int(rng.integers(1, (side - 1) // columns + 1))
     left = int(rng.integers(0, side - columns * step))
     rows = _entry_rows(rng, side, 2, side - 1)
     top = rows[0] - int(rng.integers(1, min(2, rows[0]) + 1))
-    headers, labels = np.split(np.array(_draw_words(rng, split, columns + len(rows))), [columns])
+    headers, labels = np.split(np.array(_draw_words(rng, pool, columns + len(rows))), [columns])
     values = [rng.choice(np.arange(10, 100), len(rows), replace=False) for _ in headers]
     places = [left + step * (number + 1) for number in range(columns)]
     cells = {(top, place): str(header) for place, header in zip(places, headers, strict=True)}
@@ -119,13 +120,13 @@ def _table(rng: np.random.Generator, split: Split, side: int) -> Page:
     return Page("table", cells, headers=tuple(map(str, headers)), entries=tuple(entries), rules=rules)
 
 
-def _receipt(rng: np.random.Generator, split: Split, side: int) -> Page:
+def _receipt(rng: np.random.Generator, pool: tuple[str, ...], side: int) -> Page:
     """A shop's name, items with quantity and price, and the total of the prices below a rule."""
     rows = _entry_rows(rng, side, 2, side - 2)
     left = int(rng.integers(0, side - 3))
     middle = int(rng.integers(left + 1, side - 1))
     right = int(rng.integers(middle + 1, side))
-    shop, *labels = _draw_words(rng, split, 1 + len(rows))
+    shop, *labels = _draw_words(rng, pool, 1 + len(rows))
     prices = rng.choice(np.arange(10, 100), len(rows), replace=False)
     quantities = rng.integers(1, 10, len(rows))
     cells, entries = {(rows[0] - 2, (left + right) // 2): shop}, []
@@ -137,14 +138,14 @@ def _receipt(rng: np.random.Generator, split: Split, side: int) -> Page:
     return Page("receipt", cells, entries=tuple(entries), total=total, rules=(rows[-1] + 1,))
 
 
-def _chart(rng: np.random.Generator, split: Split, side: int) -> Page:
+def _chart(rng: np.random.Generator, pool: tuple[str, ...], side: int) -> Page:
     """Labels, and beside each a bar of so many cells."""
     rows = _entry_rows(rng, side, 0, side - 1)
     most = min(9, side - 2)
     left = int(rng.integers(0, side - 1 - most))
     lengths = rng.integers(1, most + 1, len(rows))
     cells, entries = {}, []
-    for row, label, length in zip(rows, _draw_words(rng, split, len(rows)), lengths, strict=True):
+    for row, label, length in zip(rows, _draw_words(rng, pool, len(rows)), lengths, strict=True):
         entries.append(Entry(label, (int(length),)))
         cells[row, left] = label
         cells |= {(row, left + 1 + number): BAR for number in range(int(length))}

@@ -14,7 +14,7 @@ from transformers import (
 
 from pages.words import SIDE, VOCABULARY
 
-PATCH, MERGE = 14, 2
+PATCH, MERGE = 16, 2
 TOKEN = PATCH * MERGE  # pixels per side of what a vision token shows
 SIZE = SIDE * TOKEN
 VISION_TOKENS = SIDE**2

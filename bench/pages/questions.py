@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pages.layout import BAR, Entry, Page
-from pages.words import words
+from pages.words import SPLITS, made_up, words
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def _exists(page: Page, rng: np.random.Generator) -> Asked:
         return None
     if rng.random() < 0.5:
         return f"is there {_one(present, rng)}", "yes"
-    split = next(name for name in ("train", "dev", "test") if present[0] in words(name))
-    absent = _one(words(split), rng)
+    pools = (*map(words, SPLITS), made_up())
+    absent = _one(next(pool for pool in pools if present[0] in pool), rng)
     return None if absent in present else (f"is there {absent}", "no")
 
 

@@ -17,6 +17,7 @@ class Stage:
         side: of a page, in vision tokens.
         pages: per step.
         rate: factor of the learning rates at its start and at its end, linear between.
+        made_up: of the words on pages, halves put together at random: or answers are words that are known by heart.
     """
 
     task: str
@@ -24,15 +25,17 @@ class Stage:
     side: int
     pages: int
     rate: tuple[float, float]
+    made_up: bool = False
 
 
 STAGES = (
-    Stage("answer", 1500, 8, 16, (1.0, 1.0)),
-    Stage("answer", 500, 12, 16, (1.0, 0.9)),
-    Stage("answer", 1400, SIDE, 16, (0.9, 0.3)),
-    Stage("read", 2600, 6, 32, (1.0, 0.4)),
+    Stage("answer", 2400, 8, 16, (1.0, 1.0)),
+    Stage("answer", 600, 12, 16, (1.0, 0.9)),
+    Stage("answer", 1200, SIDE, 16, (0.9, 0.3)),
+    Stage("read", 2200, 6, 32, (1.0, 0.4)),
     Stage("place", 400, SIDE, 8, (1.0, 0.5)),
-    Stage("join", 700, SIDE, 8, (0.5, 0.0)),
+    Stage("join", 600, SIDE, 8, (0.5, 5 / 22)),
+    Stage("join", 1250, SIDE, 8, (0.4, 0.0), made_up=True),
 )
 
 

@@ -1,14 +1,14 @@
-"""Train the pages' model: about an hour and a quarter on two CPU cores, by the steps per second of its stages.
+"""Train the pages' model: about two and a half hours on two CPU cores.
 
     python bench/pages/train.py --work /tmp/pages
     python bench/pages/train.py --work /tmp/pages --resume
 
 First the language model learns to answer, on vision tokens that say in its own words what they show, pages small at
 first. Then the vision tower learns to say that, from pictures: of letters in every combination but the words of dev
-and test. Then both go on together. Every process computes its share of a batch on one thread and the gradients are
-averaged. The data of a step depend on its number and on the answers so far, which a checkpoint holds, so a resumed
-training goes on as if it had not stopped. The last step's weights are the result; dev is only watched, test is not
-touched.
+and test. Then both go on together, at the end about words made up of halves: training's own it knows by heart. Every
+process computes its share of a batch on one thread and the gradients are averaged. The data of a step depend on its
+number and on the answers so far, which a checkpoint holds, so a resumed training goes on as if it had not stopped. The
+last step's weights are the result; dev is only watched, test is not touched.
 """
 
 import sys
@@ -32,12 +32,12 @@ from quality.trainer import BaseTrainer, balance_loss, run_process
 
 from pages.batches import NAMES, cell_labels, draw_questions, ideal_features, pack, patches
 from pages.evaluate import answer_logits, evaluate_packed, summarise
-from pages.layout import generator, page, syllables
+from pages.layout import Page, generator, page, syllables
 from pages.model import new_model
 from pages.processor import save_processor
 from pages.render import render
 from pages.schedule import STAGES, Stage, rate
-from pages.words import VOCABULARY
+from pages.words import VOCABULARY, made_up
 
 PAGES_PER_SEED = 100_000_000  # trainings from different seeds see different pages
 PAGES_PER_STAGE = 10_000_000
@@ -105,7 +105,11 @@ class Trainer(BaseTrainer):
         first += step * stage.pages + self.rank * size
         return range(first, first + size)
 
-    def _see(self, pages: list, numbers: range, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pages(self, stage: Stage, numbers: range) -> list[Page]:
+        pool = made_up() if stage.made_up else None
+        return [page("train", number, stage.side, pool) for number in numbers]
+
+    def _see(self, pages: list[Page], numbers: range, side: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The vision tower's features and DeepStack features, both [B, side * side, H]."""
         pictures = [render(one, "train", number, side) for one, number in zip(pages, numbers, strict=True)]
         seen = self.model.model.visual(*patches(pictures))
@@ -115,8 +119,10 @@ class Trainer(BaseTrainer):
     def reading_step(self, stage: Stage, step: int) -> dict:
         """Name what the vision tokens show; on whole pages, also where they stand."""
         numbers = self._numbers(stage, step)
-        draw = syllables if stage.task == "read" else page
-        pages = [draw("train", number, stage.side) for number in numbers]
+        if stage.task == "read":
+            pages = [syllables("train", number, stage.side) for number in numbers]
+        else:
+            pages = self._pages(stage, numbers)
         features, deep = self._see(pages, numbers, stage.side)
         labels, table = cell_labels(pages, stage.side), self.model.get_input_embeddings().weight.detach()
         loss, right = reading_loss(features, labels, table)
@@ -129,7 +135,7 @@ class Trainer(BaseTrainer):
     def answering_step(self, stage: Stage, step: int) -> dict:
         """Answer questions."""
         settings, model, numbers = self.settings, self.model, self._numbers(stage, step)
-        pages = [page("train", number, stage.side) for number in numbers]
+        pages = self._pages(stage, numbers)
         # ask more of what goes wrong
         weights = 1.15 - np.array(self.progress.right)
         asked = [

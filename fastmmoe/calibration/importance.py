@@ -33,8 +33,13 @@ def divergences(model: PreTrainedModel, sample: Sample) -> dict[str, dict[int, f
 
     KL(dense || without) over the vocabulary, summed over the answer's tokens, the whole MoE's output (shared experts
     included) replaced by its input at the tokens of that modality.
+
+    Raises:
+        ValueError: the model gives a token of the answer no finite probability.
     """
     dense = answer_log_probs(model, sample)
+    if not dense.isfinite().all():
+        raise ValueError("model: its logits are not finite, expected those of a model that answers")
     found: dict[str, dict[int, float]] = {modality: {} for modality in MODALITIES}
     for modality in MODALITIES:
         for number, moe in moe_layers(model).items():

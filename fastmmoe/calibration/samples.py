@@ -16,7 +16,7 @@ from fastmmoe.families import find_text_model
 from fastmmoe.families.chat import end_tokens
 from fastmmoe.families.family import find_tokens
 from fastmmoe.prefill.installation import plan_in_force
-from fastmmoe.study.prompts import encode
+from fastmmoe.study.prompts import Further, Prompt, encode, handed
 from fastmmoe.study.questions import Example
 from fastmmoe_kernels import VisionLayout
 
@@ -27,11 +27,13 @@ class Sample:
 
     Attributes:
         inputs: what the whole model is called with.
+        further: what it then hands its text model, see `fastmmoe.study.prompts`.
         masks: bool [1, n], which tokens are "text" and which "vision"; special tokens are neither.
         answer: tokens of the answer, at the end of the row.
     """
 
     inputs: dict[str, Any]
+    further: Further
     masks: dict[str, torch.Tensor]
     answer: int
 
@@ -53,17 +55,16 @@ def make_samples(
         prompt = encode(model, processor, [example])[0]
         ids = processor.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
         answer = torch.tensor([[*ids, *ends]], device=model.device)
+        further: Further = {}
         if prompt.embeddings is not None:
-            embeddings = prompt.embeddings.to(model.device).unsqueeze(0)
-            row = torch.cat((embeddings, model.get_input_embeddings()(answer)), 1)
-            inputs = {"inputs_embeds": row, "position_ids": torch.arange(row.shape[1], device=row.device).unsqueeze(0)}
+            inputs, further = _embedded(model, prompt, answer)
         else:
             inputs = _extended({name: value.to(model.device) for name, value in prompt.inputs.items()}, answer)
         vision = torch.nn.functional.pad(prompt.vision, (0, answer.shape[1])).unsqueeze(0).to(model.device)
         text = ~vision
         if special:
             text &= ~find_tokens(parent, inputs, special)
-        yield Sample(inputs, {"text": text, "vision": vision}, answer.shape[1])
+        yield Sample(inputs, further, {"text": text, "vision": vision}, answer.shape[1])
 
 
 @torch.inference_mode()
@@ -75,7 +76,7 @@ def answer_log_probs(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
     told = nullcontext()
     if plan_in_force(model) is not None and "inputs_embeds" in inputs:
         told = fastmmoe.fixed_layout(model, VisionLayout.from_mask(sample.masks["vision"]))
-    with told:
+    with handed(model, sample.further), told:
         logits = model(**inputs).logits[0, -sample.answer - 1 : -1]
     # the divergences of most layers are small differences
     return logits.double().log_softmax(-1)
@@ -84,6 +85,22 @@ def answer_log_probs(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
 def divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
     """KL(dense || other), summed over tokens, of log-probabilities [tokens, V]; rounding makes it no less than 0."""
     return float((dense.exp() * (dense - other)).sum(-1).clamp_min(0.0).sum())
+
+
+def _embedded(model: PreTrainedModel, prompt: Prompt, answer: torch.Tensor) -> tuple[dict[str, Any], Further]:
+    """A prompt's embeddings with those of an answer behind it, and what else the text model needs."""
+    device, count = model.device, answer.shape[1]
+    row = torch.cat((prompt.embeddings.to(device)[None], model.get_input_embeddings()(answer)), 1)
+    # text goes on by one in every axis
+    steps = torch.arange(1, count + 1)
+    positions = torch.cat((prompt.position_ids, prompt.position_ids[..., -1:] + steps), -1).unsqueeze(-2)
+    further = {
+        name: torch.nn.functional.pad(value, (0, count))[None].to(device)
+        if isinstance(value, torch.Tensor)
+        else tuple(one.to(device) for one in value)
+        for name, value in prompt.further.items()
+    }
+    return {"inputs_embeds": row, "position_ids": positions.to(device)}, further
 
 
 def _extended(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -105,7 +105,7 @@ def check_out(out: Path, parts: Sequence[str], resume: bool, overwrite: bool) ->
             pass
     except OSError as error:
         fail(f"--out {out}: cannot be written: {folder}: {error.strerror}")
-    names = [f"{part}.{kind}" for part in (*PARTS, "types") for kind in ("json", "csv", "partial", "png")]
+    names = [f"{part}.{kind}" for part in (*PARTS, "types") for kind in ("json", "csv", "json.partial", "png")]
     for path in [out / name for name in (*names, "comparisons.csv", "tables.md")]:
         if path.exists():
             check_writable("--out", path)

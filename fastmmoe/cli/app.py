@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import typer
 from typer.core import TyperGroup
 
-from fastmmoe.cli import analyze, bench, calibrate, demo, doctor, flops, run, serve, time
+from fastmmoe.cli import analyze, bench, calibrate, demo, doctor, evaluate, flops, run, serve, time
 from fastmmoe.cli.console import fail, quiet
 
 UsageError = typer.BadParameter.__base__  # typer has no public name for it
@@ -49,4 +49,5 @@ app.command(epilog=flops.EXAMPLE)(flops.flops)
 app.command(epilog=time.EXAMPLE)(time.time)
 app.command(epilog=analyze.EXAMPLE)(analyze.analyze)
 app.command(epilog=calibrate.EXAMPLE)(calibrate.calibrate)
+app.command("eval", cls=evaluate.ManyValues, epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command(epilog=doctor.EXAMPLE)(doctor.doctor)

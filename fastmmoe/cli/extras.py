@@ -13,6 +13,7 @@ EXTRAS = {
     "cli": ("typer", "rich"),
     "demo": ("PIL", "matplotlib", "skimage"),
     "vllm": ("vllm",),
+    "lmms-eval": ("lmms_eval",),
 }
 
 

@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Any
 
 from fastmmoe.config import ReductionConfig
-from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, plain_name
+from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, expert_obstacle, plain_name
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,17 @@ def count_tokens(
     expert_pairs: Mapping[int, tuple[int, int]] | None = None,
 ) -> PrefillTokens:
     """Tokens per layer; arguments and errors are those of `fastmmoe.flops`."""
-    architecture = _architecture(text_config)
+    architecture, obstacle = _sizes(text_config)
     if not isinstance(config, ReductionConfig):
         raise TypeError(f"config: expected a FastMMoEConfig, got {type(config).__name__}")
+    if config.reduces_experts and obstacle:
+        raise ValueError(f"config: this model's vision tokens cannot take fewer experts: {obstacle}")
     top_k = architecture.num_experts_per_tok
     config.check_model(architecture.num_hidden_layers, top_k)
     choices = [config.expert_choice(layer, top_k) for layer in range(architecture.num_hidden_layers)]
     for choice in choices:
         if choice is not None:
-            choice.check_experts(architecture.num_experts)
+            choice.check_experts(architecture.num_experts, architecture.expert_groups, "this model")
     text, vision = _counts("n_text", n_text), _counts("n_vision", n_vision)
     if len(text) != len(vision):
         raise ValueError(f"n_vision: expected {len(text)} samples like n_text, got {len(vision)}")
@@ -107,15 +109,16 @@ def _vision_left(
     return left
 
 
-def _architecture(text_config: Any) -> Architecture:
+def _sizes(text_config: Any) -> tuple[Architecture, str]:
+    """The sizes, and why vision tokens cannot take fewer experts, or ""."""
     if isinstance(text_config, Architecture):
-        return text_config
+        return text_config, ""
     if not isinstance(text_config, str):
-        return architecture_of(text_config)
+        return architecture_of(text_config), expert_obstacle(text_config)
     name = plain_name(text_config)
     for known, architecture in ARCHITECTURES.items():
         if name == known or name.startswith(f"{known}-"):
-            return architecture
+            return architecture, expert_obstacle(known)
     raise ValueError(f"text_config: unknown name {text_config!r}, expected one of {', '.join(ARCHITECTURES)}")
 
 

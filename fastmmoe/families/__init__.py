@@ -83,9 +83,19 @@ def architecture_of(model_or_config: Any) -> Architecture:
         ValueError: no experts, or layers of a kind that is not known here.
     """
     config = text_config_of(model_or_config)
-    kind = getattr(config, "model_type", None)
-    family = next((family for family in FAMILIES if family.text_type == kind), None)
+    family = _family_of(config)
     return Architecture.from_config(config, *([] if family is None else [family.mixer_weights, family.norms_heads]))
+
+
+def expert_obstacle(model_or_name: Any) -> str:
+    """Why the vision tokens of a model, a config or a name in `ARCHITECTURES` cannot take fewer experts, or ""."""
+    if isinstance(model_or_name, str):
+        family = next((family for family in FAMILIES if model_or_name in family.architectures), None)
+        config = ARCHITECTURES.get(model_or_name)
+    else:
+        config = text_config_of(model_or_name)
+        family = _family_of(config)
+    return "" if family is None else family.expert_obstacle(config)
 
 
 def text_models(model: nn.Module) -> list[tuple[Family, nn.Module, nn.Module]]:
@@ -168,6 +178,12 @@ def find_preset(model_or_name: Any) -> tuple[Family, Any]:
     return family, text_config
 
 
+def _family_of(text_config: Any) -> Family | None:
+    """The first family with text models of this kind."""
+    kind = getattr(text_config, "model_type", None)
+    return next((family for family in FAMILIES if family.text_type == kind), None)
+
+
 def _family_under(parent_config: Any, text_type: str | None) -> Family | None:
     """The family of a text model under a multimodal model with this config."""
     kinds = [family for family in FAMILIES if family.text_type == text_type]
@@ -191,6 +207,7 @@ __all__ = [
     "Preset",
     "Tiling",
     "architecture_of",
+    "expert_obstacle",
     "find_preset",
     "find_text_model",
     "plain_name",

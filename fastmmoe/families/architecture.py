@@ -124,12 +124,14 @@ class Architecture:
 
     Attributes:
         num_experts_per_tok: experts per token, K.
+        expert_groups: groups of experts of which a gate chooses the best first; 1: it does not.
     """
 
     hidden_size: int
     num_experts: int
     num_experts_per_tok: int
     layers: tuple[Layer, ...]
+    expert_groups: int = 1
 
     @property
     def num_hidden_layers(self) -> int:
@@ -182,7 +184,7 @@ class Architecture:
             parts = [part for part in (layer.mixer, layer.mlp, layer.vision_mlp) if part is not None]
             if any(size < 0 for part in parts for size in vars(part).values()):
                 raise ValueError(f"text_config: {kind} has sizes below 0 in layer {number}: {parts}")
-        return cls(config.hidden_size, num_experts, top_k, tuple(layers))
+        return cls(config.hidden_size, num_experts, top_k, tuple(layers), _expert_groups(config))
 
     @classmethod
     def of(
@@ -248,6 +250,10 @@ def _num_experts(config: Any) -> int:
 
 def _experts_per_token(config: Any) -> int:
     return _first(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k") or 0
+
+
+def _expert_groups(config: Any) -> int:
+    return 1 if getattr(config, "topk_method", None) == "greedy" else _first(config, "n_group") or 1
 
 
 def _expert_widths(config: Any) -> tuple[int, int]:

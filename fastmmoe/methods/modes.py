@@ -26,8 +26,10 @@ class MoDESConfig(FastMMoEConfig):
         text_threshold, vision_threshold: tau, at least 0; at 0 nothing is skipped.
         text_importance, vision_importance: alpha, one number >= 0 per decoder layer, that of layers without experts is
             not read; a layer's tokens skip all experts where it is 0.
-        special_tokens: ids of tokens that are neither text nor vision: the tokenizer's special ones.
-        others: as in `FastMMoEConfig`. Weights that count are those after `vision_top_k`.
+        special_tokens: ids of tokens that are neither text nor vision: the tokenizer's special ones. A prompt that
+            comes as embeddings has them where an embedding is one of theirs.
+        others: as in `FastMMoEConfig`. Weights that count are those after `vision_top_k`. With a `text_threshold`,
+            `min_vision_tokens` is refused: text skips experts in every forward.
     """
 
     text_threshold: float = checked(0.0, number_from(0.0))
@@ -44,6 +46,11 @@ class MoDESConfig(FastMMoEConfig):
                 raise ValueError(
                     f"{modality}_importance: expected a number per layer with {modality}_threshold={threshold}, got ()"
                 )
+        if self.text_threshold and self.min_vision_tokens:
+            raise ValueError(
+                f"min_vision_tokens={self.min_vision_tokens}: expected 0 with text_threshold={self.text_threshold}: "
+                "text skips experts in every forward, however few vision tokens a prompt has"
+            )
         if self.special_tokens and not self.text_threshold:
             raise ValueError("special_tokens: expected none with text_threshold=0.0, where no token of text is skipped")
 
@@ -74,7 +81,7 @@ class MoDESConfig(FastMMoEConfig):
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> "MoDESConfig":
-        """Read what `fastmmoe calibrate` wrote.
+        """Read what `fastmmoe calibrate` wrote. Whether it was for the model that it is enabled on is not checked.
 
         Args:
             path: the JSON file.

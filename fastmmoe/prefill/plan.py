@@ -81,11 +81,9 @@ class Plan:
                     f"model: layer {number}'s gate ({type(gate).__name__}) is not {family.title}'s "
                     f"({family.gate_class}): {error}; another version of transformers may have that one"
                 ) from None
-            if choices[number] is None or choices[number].budget is None:
-                continue
-            if options.get("n_group", 1) > 1:
-                raise ValueError(f"expert_budget: not supported with {family.title}'s gate, which chooses by groups")
-            choices[number].check_experts(architecture_of(text.config).num_experts)
+            if choices[number] is not None:
+                groups = options.get("n_group", 1)
+                choices[number].check_experts(architecture_of(text.config).num_experts, groups, family.title)
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
             if any(hasattr(weight, "device_mesh") for weight in experts.parameters()):

@@ -12,8 +12,6 @@ import fastmmoe
 from fastmmoe.families import architecture_of, find_text_model
 from fastmmoe.families.chat import end_tokens
 from fastmmoe.methods import FastMMoEConfig
-from fastmmoe.prefill.installation import plan_in_force
-from fastmmoe.report import expert_pairs
 from fastmmoe.study.answers import answer, reduced
 from fastmmoe.study.methods import Method
 from fastmmoe.study.prompts import Batch
@@ -46,13 +44,14 @@ def evaluate(
         config = method.config_of(number)
         with reduced(model, config):
             said = answer(model, batch.to(model.device), None, max_new_tokens=max_new_tokens, end=end)
-            ran = {} if config is None else expert_pairs(plan_in_force(model), architecture)
+            counted = None if config is None else fastmmoe.report(model).flops
         for example, tokens in zip(batch.numbers, said, strict=True):
             text = processor.decode(tokens, skip_special_tokens=True)
             right[example] = matches(text, examples[example].answer)
-        layout = batch.layout
-        n_text = [length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True)]
-        counted = fastmmoe.flops(architecture, n_text, layout.n_vision, config or FastMMoEConfig(), expert_pairs=ran)
+        if counted is None:
+            layout = batch.layout
+            n_text = [length - n for length, n in zip(layout.lengths, layout.n_vision, strict=True)]
+            counted = fastmmoe.flops(architecture, n_text, layout.n_vision, FastMMoEConfig())
         spent, dense = spent + counted.reduced, dense + counted.dense
     return {
         **method.describe(),

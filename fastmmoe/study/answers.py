@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import fastmmoe
 from fastmmoe.config import ReductionConfig
 from fastmmoe.prefill.cache import CACHE, cache_in
 from fastmmoe.prefill.installation import plan_in_force
-from fastmmoe.study.prompts import Batch
+from fastmmoe.study.prompts import Batch, handed
 
 
 @contextmanager
@@ -32,9 +32,9 @@ def prefill(model: PreTrainedModel, batch: Batch, *, use_cache: bool = True) -> 
     On an enabled model it is a prefill with the batch's vision tokens.
     """
     inputs = batch.inputs | {"use_cache": use_cache, "logits_to_keep": 1}
-    if plan_in_force(model) is None:
-        return model(**inputs)
-    with fastmmoe.fixed_layout(model, batch.layout):
+    is_reduced = plan_in_force(model) is not None
+    told = fastmmoe.fixed_layout(model, batch.layout) if is_reduced else nullcontext()
+    with handed(model, batch.further), told:
         return model(**inputs)
 
 
@@ -58,7 +58,7 @@ def answer(
     if batch.samples:
         return _generated(model, batch, config, max_new_tokens, end)
     ends = torch.tensor(end, dtype=torch.int64, device=batch.embeddings.device)
-    mask, position = batch.attention_mask, batch.position_ids[:, -1:]
+    mask, position = batch.attention_mask, batch.position_ids[..., -1:]
     said = []
     with reduced(model, config):
         output = prefill(model, batch)

@@ -25,7 +25,7 @@ def magnitude_stability(model: PreTrainedModel, batches: Iterable[Batch]) -> lis
 
     def look(layer: int, experts: nn.Module, args: tuple, output: torch.Tensor, batch: Batch) -> None:
         hidden, ids = args[:2]
-        stability = token_stability(expert_norms(experts, hidden, ids)).view(batch.position_ids.shape)
+        stability = token_stability(expert_norms(experts, hidden, ids)).view(batch.layout.vision_mask.shape)
         for modality, mask in modality_masks(batch).items():
             found.add(layer, modality, "stability", torch.where(mask, stability, 0.0).sum(1), mask.sum(1))
 

@@ -6,7 +6,6 @@ A method enters the study by its config's `study_entries`; a new keyword of `Fas
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
@@ -21,9 +20,8 @@ from fastmmoe.families import Family, architecture_of, find_text_model
 from fastmmoe.methods import METHODS, FastMMoEConfig
 from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.fastmmoe import STUDY_VARIANTS, study_configs
+from fastmmoe.methods.files import CONFIGS, read_config_file
 from fastmmoe.prefill.plan import Plan
-
-_KINDS = {config.__name__: config for config in METHODS}
 
 RETENTIONS = (0.75, 0.5, 0.25)
 CHOSEN = "FastMMoE, chosen on dev"
@@ -100,7 +98,7 @@ def key_of(row: Mapping[str, Any]) -> tuple:
     if row["config"] is None:
         return _key(row)
     values = dict(row["config"])
-    kind = _KINDS[values.pop("type")]
+    kind = CONFIGS[values.pop("type")]
     return _key({**row, "config": {"type": kind.__name__, **kind.from_dict(values).to_dict()}})
 
 
@@ -171,13 +169,8 @@ def read_calibration(path: Path, gates: str) -> ReductionConfig:
     Raises:
         ValueError: it cannot be read, holds none, or that of another model.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = _KINDS[values["type"]].from_dict(values["config"])
-        model = values["calibration"]["study"]["model"]["gates_sha256"] if "calibration" in values else gates
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: holds no calibrated config ({type(error).__name__}: {error})") from error
-    if model != gates:
+    config, model = read_config_file(path)
+    if model not in (None, gates):
         raise ValueError(f"calibration: {path} is of another model (gates {model[:12]}, expected {gates[:12]})")
     return config
 

@@ -1,14 +1,16 @@
 """Prompts in batches, as the language model gets them: embeddings, the vision features among them.
 
-The vision tower runs once per picture, whatever number of methods then answers. A language model that needs more than
-embeddings and their order (positions in an image, features for its later layers) gets them from the whole model, which
-then runs for every method, vision tower and all.
+The vision tower runs once per picture, whatever number of methods then answers. Positions in an image (M-RoPE) and
+features for later layers (DeepStack) are kept beside the embeddings: there it runs once per question. A language model
+that needs still more gets it from the whole model, which then runs for every method, vision tower and all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,28 @@ from fastmmoe.families.chat import build_inputs
 from fastmmoe.study.questions import Example
 from fastmmoe_kernels import VisionLayout
 
+# a text model's arguments that every batch makes for itself
+OWN = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
+# a text model's further arguments, by name: per token, or of the vision tokens alone for some layers each
+Further = Mapping[str, torch.Tensor | tuple[torch.Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class Prompt:
     """One question, on the CPU.
 
     Attributes:
-        embeddings: the language model's input [n, H]; None where that needs more.
+        embeddings: the language model's input [n, H]; None where only the whole model knows all that it needs.
         vision: which of it is vision tokens, bool [n].
-        inputs: where it needs more, the whole model's, of one sample.
+        position_ids: int64 [n], or [axes, n]; None with `inputs`.
+        further: arguments per token [n], or per vision token, a tuple of [vision tokens, H].
+        inputs: without embeddings, the whole model's, of one sample.
     """
 
     embeddings: torch.Tensor | None
     vision: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    further: Further = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] | None = None
 
 
@@ -42,11 +53,12 @@ class Batch:
 
     Attributes:
         numbers: which prompts.
-        embeddings: [B, n, H]; None where the language model needs more.
+        embeddings: [B, n, H]; None where only the whole model knows all that the language model needs.
         attention_mask: int64 [B, n], 0 at padding; None without any.
-        position_ids: int64 [B, n], from 0 at a prompt's first token.
+        position_ids: int64 [B, n], or [axes, B, n]; 0 at padding.
         layout: where the vision tokens are.
-        samples: where the language model needs more, the whole model's inputs of each prompt; () elsewhere.
+        further: arguments per token [B, n], 0 at padding, or per vision token, a tuple of [those of all prompts, H].
+        samples: without embeddings, the whole model's inputs of each prompt; () elsewhere.
     """
 
     numbers: tuple[int, ...]
@@ -54,42 +66,49 @@ class Batch:
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor
     layout: VisionLayout
+    further: Further = field(default_factory=dict)
     samples: tuple[dict[str, torch.Tensor], ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
         embeddings = None if self.embeddings is None else self.embeddings.to(device)
+        positions, layout = self.position_ids.to(device), self.layout.to(device)
+        further = _each(self.further, lambda value: value.to(device), lambda value: value.to(device))
         samples = tuple({name: value.to(device) for name, value in sample.items()} for sample in self.samples)
-        return Batch(self.numbers, embeddings, mask, self.position_ids.to(device), self.layout.to(device), samples)
+        return Batch(self.numbers, embeddings, mask, positions, layout, further, samples)
 
     def first(self, count: int) -> Batch:
         """The first `count` prompts; padding that all of them have stays."""
         mask = None if self.attention_mask is None else self.attention_mask[:count]
-        layout = VisionLayout.from_mask(self.layout.vision_mask[:count], mask)
-        embeddings = None if self.embeddings is None else self.embeddings[:count]
-        return Batch(self.numbers[:count], embeddings, mask, self.position_ids[:count], layout, self.samples[:count])
+        return self._some(slice(count), slice(None), mask)
 
     def alone(self) -> list[Batch]:
         """Every prompt as a batch of its own, without padding; tensors are views of this batch's."""
-        found = []
-        for row, length in enumerate(self.layout.lengths):
-            one, tokens = slice(row, row + 1), slice(self.layout.width - length, None)
-            layout = VisionLayout.from_mask(self.layout.vision_mask[one, tokens])
-            embeddings = None if self.embeddings is None else self.embeddings[one, tokens]
-            positions = self.position_ids[one, tokens]
-            found.append(Batch(self.numbers[one], embeddings, None, positions, layout, self.samples[one]))
-        return found
+        starts = (self.layout.width - length for length in self.layout.lengths)
+        return [self._some(slice(row, row + 1), slice(start, None), None) for row, start in enumerate(starts)]
+
+    def _some(self, rows: slice, tokens: slice, mask: torch.Tensor | None) -> Batch:
+        layout = VisionLayout.from_mask(self.layout.vision_mask[rows, tokens], mask)
+        embeddings = None if self.embeddings is None else self.embeddings[rows, tokens]
+        ends = [0, *itertools.accumulate(self.layout.n_vision)]
+        vision = slice(ends[rows.start or 0], ends[min(rows.stop, len(ends) - 1)])
+        further = _each(self.further, lambda value: value[rows, tokens], lambda value: value[vision])
+        positions = self.position_ids[..., rows, tokens]
+        return Batch(self.numbers[rows], embeddings, mask, positions, layout, further, self.samples[rows])
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the whole model is called with: per token padded on the left, features one behind the other."""
+        """What the whole model is called with: per token padded on the left, features one behind the other.
+
+        Beside embeddings it is handed `further`, see `handed`.
+        """
         if self.embeddings is not None:
             return {
                 "inputs_embeds": self.embeddings,
                 "attention_mask": self.attention_mask,
                 "position_ids": self.position_ids,
             }
-        width, made = self.position_ids.shape[1], {}
+        width, made = self.layout.width, {}
         for name in self.samples[0]:
             rows = [sample[name] for sample in self.samples]
             if all(row.shape == sample["input_ids"].shape for row, sample in zip(rows, self.samples, strict=True)):
@@ -101,7 +120,7 @@ class Batch:
     def valid_mask(self) -> torch.Tensor:
         """bool [B, n], false at padding."""
         if self.attention_mask is None:
-            return torch.ones_like(self.position_ids, dtype=torch.bool)
+            return torch.ones_like(self.layout.vision_mask)
         return self.attention_mask.bool()
 
 
@@ -117,27 +136,25 @@ def encode(model: PreTrainedModel, processor: Any, examples: Iterable[Example]) 
         ValueError: a model that FastMMoE does not support, or a processor that makes no vision tokens.
     """
     family, text, parent = find_text_model(model)
-    features: dict[Path, torch.Tensor] = {}  # picture -> [its vision tokens, H]
-    prompts, is_enough = [], None
+    features: dict[Path, torch.Tensor] = {}  # picture -> [its vision tokens, H], of models that need no more
+    prompts = []
     for example in examples:
         inputs = build_inputs(model, processor, [example.open_image()], example.question)
         vision = family.find_vision(parent, inputs)
         if vision is None or not vision.any():
             raise ValueError(f"processor: {type(processor).__name__} made no vision tokens of a picture")
-        if is_enough is None:
-            is_enough = _is_embeddings_alone(_text_arguments(model, text, inputs))
-        if not is_enough:
-            prompts.append(Prompt(None, vision[0].cpu(), {name: value.cpu() for name, value in inputs.items()}))
-            continue
+        vision = vision.cpu()
         known = features.get(example.image) if isinstance(example.image, Path) else None
-        if known is not None:
-            embeddings = model.get_input_embeddings()(inputs["input_ids"])
-            embeddings[vision] = known
+        if known is None:
+            prompt = _prompt(_text_arguments(model, text, inputs), vision, inputs)
+            is_plain = prompt.embeddings is not None and prompt.position_ids.dim() == 1 and not prompt.further
+            if isinstance(example.image, Path) and is_plain:
+                features[example.image] = prompt.embeddings[prompt.vision]
         else:
-            embeddings = _text_arguments(model, text, inputs)["inputs_embeds"]
-            if isinstance(example.image, Path):
-                features[example.image] = embeddings[vision]
-        prompts.append(Prompt(embeddings[0].cpu(), vision[0].cpu()))
+            embeddings = model.get_input_embeddings()(inputs["input_ids"]).cpu()
+            embeddings[vision] = known
+            prompt = Prompt(embeddings[0], vision[0].cpu(), torch.arange(vision.shape[1]))
+        prompts.append(prompt)
     return prompts
 
 
@@ -163,19 +180,71 @@ def _batch(prompts: Sequence[Prompt], numbers: tuple[int, ...]) -> Batch:
     valid = stack([torch.ones(len(prompt.vision), dtype=torch.int64) for prompt in chosen])
     mask = None if valid.all() else valid
     layout = VisionLayout.from_mask(vision, mask)
-    positions = (valid.cumsum(1) - 1).clamp_min(0)
     if chosen[0].inputs is not None:
-        return Batch(numbers, None, mask, positions, layout, tuple(prompt.inputs for prompt in chosen))
-    return Batch(numbers, stack([prompt.embeddings for prompt in chosen]), mask, positions, layout)
+        positions = (valid.cumsum(1) - 1).clamp_min(0)
+        return Batch(numbers, None, mask, positions, layout, samples=tuple(prompt.inputs for prompt in chosen))
+    positions = stack([prompt.position_ids.movedim(-1, 0) for prompt in chosen])  # [B, n] or [B, n, axes]
+    positions = positions if positions.dim() == 2 else positions.permute(2, 0, 1)
+    further = {}
+    for name, value in chosen[0].further.items():
+        each = [prompt.further[name] for prompt in chosen]
+        is_per_token = isinstance(value, torch.Tensor)
+        further[name] = stack(each) if is_per_token else tuple(map(torch.cat, zip(*each, strict=True)))
+    return Batch(numbers, stack([prompt.embeddings for prompt in chosen]), mask, positions, layout, further)
 
 
-def _is_embeddings_alone(arguments: dict[str, Any]) -> bool:
-    """Whether what a text model is called with follows from its embeddings and their order."""
-    positions = arguments.get("position_ids")
-    known = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
-    others = (value for name, value in arguments.items() if name not in known)
-    is_plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in others)
-    return is_plain and (positions is None or positions.dim() == 2)
+@contextmanager
+def handed(model: PreTrainedModel, further: Further) -> Iterator[None]:
+    """Within a `with` block, a model hands its text model these arguments, whatever it makes of its own inputs."""
+    if not further:
+        yield
+        return
+    more = {name: value if isinstance(value, torch.Tensor) else list(value) for name, value in further.items()}
+    handle = find_text_model(model)[1].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | more), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _prompt(arguments: dict[str, Any], vision: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Prompt:
+    """A prompt from what a model calls its text model with for `inputs`; vision bool [1, n]."""
+    shape, count = vision.shape, int(vision.sum())
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    positions = torch.arange(shape[1])[None] if positions is None else positions
+    # a mask of the model's own making cannot be stacked
+    is_known = (mask is None or _is_of(mask, shape)) and _is_of(positions, shape, (*positions.shape[:1], *shape))
+    further: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {}
+    for name, value in arguments.items():
+        if name in OWN or value is None or isinstance(value, (bool, int, float, str)):
+            continue
+        if _is_of(value, shape):
+            further[name] = value[0].cpu()
+        elif isinstance(value, (list, tuple)) and all(torch.is_tensor(one) and len(one) == count for one in value):
+            further[name] = tuple(one.cpu() for one in value)
+        else:
+            is_known = False
+    if not is_known:
+        return Prompt(None, vision[0], inputs={name: value.cpu() for name, value in inputs.items()})
+    return Prompt(arguments["inputs_embeds"][0].cpu(), vision[0], positions[..., 0, :].cpu(), further)
+
+
+def _is_of(value: Any, *shapes: tuple[int, ...]) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape in shapes
+
+
+def _each(
+    further: Further,
+    per_token: Callable[[torch.Tensor], torch.Tensor],
+    per_vision: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+    """Arguments, each changed according to what it is about."""
+    return {
+        name: per_token(value) if isinstance(value, torch.Tensor) else tuple(map(per_vision, value))
+        for name, value in further.items()
+    }
 
 
 def _text_arguments(model: PreTrainedModel, text: torch.nn.Module, inputs: dict) -> dict[str, Any]:

@@ -71,8 +71,9 @@ class PartFile:
 
 
 def write_whole(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that a kill at any moment leaves the old or the new file."""
-    partial = path.with_suffix(".partial")
+    """Write JSON so that a kill at any moment leaves the old or the new file; through a link, that which it names."""
+    path = path.resolve()
+    partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, path)

@@ -26,7 +26,7 @@ def routing_similarity(model: PreTrainedModel, batches: Iterable[Batch]) -> list
 
     def look(layer: int, gate: nn.Module, args: tuple, output: tuple, batch: Batch) -> None:
         scoring = family.routing_options(gate)["scoring"]
-        logits = output[0].float().view(*batch.position_ids.shape, -1)
+        logits = output[0].float().view(*batch.layout.vision_mask.shape, -1)
         probs = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
         for modality, mask in modality_masks(batch).items():
             for quantity, (values, counts) in summarise(probs, mask).items():

@@ -24,7 +24,7 @@ from fastmmoe.families.processors import load_processor
 from fastmmoe.prefill import experts
 from fastmmoe.scenes import CHECKPOINT
 from fastmmoe.study import methods as grids
-from fastmmoe.study.accuracy import evaluate
+from fastmmoe.study.accuracy import answers_of, evaluate
 from fastmmoe.study.magnitude import magnitude_stability
 from fastmmoe.study.methods import Method, Setting, key_of
 from fastmmoe.study.prediction import predicted_ratios
@@ -257,6 +257,9 @@ class Study:
         self.files = {
             part: PartFile(out, part, head | why_empty.get(part, {}), resume) for part in PARTS if part in parts
         }
+        for part, file in self.files.items():
+            if part not in (*OF_LAYERS, "timing"):
+                _check_rows(file)
 
     def run(self, workers: int = 1) -> None:
         """Run all parts; `workers` processes share the methods of a part."""
@@ -307,6 +310,15 @@ class Study:
             row | {"time_ratio_predicted": self.session.predict(settings.split, method)}
             for row, method in zip(rows, methods, strict=True)
         ]
+
+
+def _check_rows(file: PartFile) -> None:
+    """Refuse rows to go on with that are no methods' results."""
+    for number, row in enumerate(file.rows):
+        try:
+            key_of(row), answers_of(row), float(row["accuracy"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file.path}: row {number} is damaged ({type(error).__name__}: {error})") from error
 
 
 def split_of(part: str, settings: Settings) -> str:

@@ -28,7 +28,7 @@ def prefill_times(
 ) -> list[dict[str, Any]]:
     """Time one batch's prefill under every method, tokenizer and decoding not included.
 
-    Nor is the vision tower, but for language models that need more than embeddings (see `fastmmoe.study.prompts`).
+    Nor is the vision tower, but where the whole model runs each time (see `fastmmoe.study.prompts`).
 
     Each round runs all methods in an order of its own, so that a change of clock or load meets all alike; a first round
     warms up and does not count. Ratios are taken within a round.

@@ -9,7 +9,7 @@ import torch
 import fastmmoe
 from fastmmoe import FastMMoEConfig
 from fastmmoe.families.chat import build_inputs, end_tokens
-from fastmmoe.methods import FastVConfig
+from fastmmoe.methods import FastVConfig, SparseVLMConfig
 from fastmmoe.study.accuracy import binomial_error, by_type, evaluate, paired_difference
 from fastmmoe.study.answers import answer
 from fastmmoe.study.methods import Method
@@ -21,6 +21,8 @@ CONFIGS = {
     "fewer experts": FastMMoEConfig(vision_top_k=2),
     "pruned": FastMMoEConfig(prune_layers=(1, 2), retention=0.3, merge_ratio=0.2, vision_top_k=2, reduction_layer=1),
     "fastv": FastVConfig(layer=2, retention=0.25),
+    # as many tokens as the picture asks for
+    "adaptive": SparseVLMConfig((1, 2), rank_scale=2.0),
 }
 
 
@@ -56,9 +58,9 @@ def test_answers_are_those_of_generate(session, config):
     assert len({tuple(tokens) for tokens in found.values()}) > 2
 
 
-def test_evaluate_counts_right_answers_and_flops(session):
+@pytest.mark.parametrize("config", [CONFIGS["pruned"], CONFIGS["adaptive"]], ids=["pruned", "adaptive"])
+def test_evaluate_counts_right_answers_and_flops(session, config):
     examples, batches = session.questions("test")
-    config = CONFIGS["pruned"]
     right = [number % 3 != 0 for number in range(len(examples))]
     # questions whose answer is what the model says, or is not
     examples = [

@@ -29,7 +29,7 @@ def prompts(model):
         vision = torch.zeros(length, dtype=torch.bool)
         vision[3:11] = vision[14:20] = True  # two runs: tokens 10 and 14 are no neighbours
         walk = torch.randn(length, model.config.text_config.hidden_size, generator=generator).cumsum(0)
-        made.append(Prompt(walk / walk.norm(dim=-1, keepdim=True) * 6, vision))
+        made.append(Prompt(walk / walk.norm(dim=-1, keepdim=True) * 6, vision, torch.arange(length)))
     return made
 
 

@@ -10,6 +10,7 @@ from model.tiny import tiny_internvl
 from transformers import AutoModelForImageTextToText
 
 import fastmmoe
+from fastmmoe.families.fingerprint import gates_sha256
 from fastmmoe.methods import FastMMoEConfig, MoDESConfig
 from fastmmoe.scenes import CHECKPOINT
 from fastmmoe.study import methods
@@ -73,11 +74,14 @@ def test_baselines_prune_behind_the_layer_that_fastmmoe_prunes_in(setting):
 
 def test_the_grids_are_those_of_the_results():
     """Names, order, configs: what is measured once can be resumed and compared."""
-    setting = Setting.of(AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32"), 100)
+    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32")
+    calibrated = methods.read_calibration(RESULTS / "modes.json", gates_sha256(model))
+    setting = Setting.of(model, 100, (calibrated,))
     grids = {
         "methods": methods.main_grid(setting),
         "heatmap": [methods.dense(), *methods.heatmap_grid(setting)],
         "ablations": [methods.dense(), *methods.ablation_grid(setting)],
+        "budget": [methods.dense(), *methods.budget_grid(setting)],
         "timing": methods.main_grid(setting),
     }
     for part, grid in grids.items():

@@ -19,7 +19,7 @@ from fastmmoe.study import methods, plots, tables
 from fastmmoe.study.accuracy import evaluate
 from fastmmoe.study.plots import draw_plots
 from fastmmoe.study.prompts import encode, make_batches
-from fastmmoe.study.results import PartFile, read_parts
+from fastmmoe.study.results import PartFile, read_parts, write_whole
 from fastmmoe.study.study import PARTS, Study, choose, session_of
 from fastmmoe.study.timing import prefill_times
 
@@ -268,6 +268,10 @@ def test_cli_keeps_results(small, checkpoint, tmp_path, questions, monkeypatch):
     whole = json.loads(path.read_text())
     assert whole["complete"] and whole["rows"][:2] == json.loads(before)["rows"]
     assert "holds an earlier run's" in refused(*options)
+    damaged = ([1], [{}], [{**whole["rows"][1], "right": 5}], [{**whole["rows"][1], "config": {"type": "None"}}])
+    for rows in damaged:
+        path.write_text(json.dumps(whole | {"complete": False, "rows": rows}))
+        assert f"{path}: row 0 is damaged" in refused(*options, "--resume")
     path.write_text("[]")
     assert f"{path}: no results of a study" in refused(*options, "--resume")
     # also where only the tables at the end would read it
@@ -296,7 +300,7 @@ def test_cli_prints_figures_before_a_disk_is_full(checkpoint, tmp_path, question
     result = invoke(*options, "--out", out)
     assert result.exit_code == 1 and json.loads(result.stdout)["parts"]["routing"]
     assert result.stderr.endswith(f"error: --out {out}: could not be written: No space left on device\n")
-    (out / "routing.partial").symlink_to("/dev/full")
+    (out / "routing.json.partial").symlink_to("/dev/full")
     result = invoke(*options, "--out", out, "--overwrite")
     assert result.exit_code == 1 and json.loads(result.stdout)["parts"]["routing"]
     assert "No space left on device; " in result.stderr and "--resume" in result.stderr
@@ -311,6 +315,16 @@ def test_rows_are_kept_where_their_csv_cannot_be_written(tmp_path):
         part.finish([{"seconds": 1.0}])
     found = json.loads(part.path.read_text())
     assert found["rows"] == [{"seconds": 1.0}] and not found["complete"] and not part.is_complete
+
+
+def test_results_leave_neighbours_and_links_alone(tmp_path):
+    (tmp_path / "of.partial").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "of.json").symlink_to(tmp_path / "folder" / "there.json")
+    write_whole(tmp_path / "of.json", {"a": 1})
+    assert (tmp_path / "of.partial").read_text() == "mine"
+    assert (tmp_path / "of.json").is_symlink() and json.loads((tmp_path / "of.json").read_text()) == {"a": 1}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "of.json", "of.partial", "there.json"]
 
 
 def test_a_calibration_is_of_the_models_own(settings, tmp_path):

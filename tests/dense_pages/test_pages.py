@@ -1,22 +1,36 @@
 """The pages' data: splits, layouts, pictures, and answers recomputed from what stands in the cells alone."""
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages.fonts import FONTS
-from pages.layout import BAR, FIRST, SECOND, generator, page, syllables
+from pages.layout import BAR, generator, page, syllables
 from pages.model import TOKEN
 from pages.questions import GROUPS, TYPES, ask, group_of, types_of
 from pages.render import render
-from pages.words import KINDS, SIDE, SPLITS, VOCABULARY, WORDS, halves, page_tokenizer, token_ids, words
+from pages.words import (
+    FIRST,
+    KINDS,
+    SECOND,
+    SIDE,
+    SPLITS,
+    VOCABULARY,
+    WORDS,
+    halves,
+    made_up,
+    page_tokenizer,
+    token_ids,
+    words,
+)
 from pages.write import question_about
 
 pages = st.builds(
-    lambda split, index, side: (split, index, page(split, index, side)),
-    st.sampled_from(SPLITS), st.integers(0, 2**40), st.sampled_from([8, 12, SIDE]),
+    lambda split, index, side, pool: (split, index, page(split, index, side, pool)),
+    st.sampled_from(SPLITS), st.integers(0, 2**40), st.sampled_from([8, 12, SIDE]), st.sampled_from([None, made_up()]),
 )  # fmt: skip
 
 
@@ -27,6 +41,14 @@ def test_no_word_and_no_font_is_in_two_splits():
     families = [{file.split("-")[0].split(".")[0] for _, file in FONTS[split]} for split in SPLITS]
     assert not families[0] & families[1] and not families[0] & families[2] and not families[1] & families[2]
     assert len(words("dev")) > 40 and len(words("test")) > 60
+
+
+def test_made_up_words_are_many_and_none_is_held_out():
+    assert not {*made_up()} & {*words("dev"), *words("test")} and {*words("train")} < {*made_up()}
+    with_keywords = 17  # begin with "has", "sum" or "yes"
+    assert len(made_up()) == len(FIRST) * len(SECOND) - len(words("dev")) - len(words("test")) - with_keywords
+    shown = [text for index in range(40) for text in page("train", index, SIDE, made_up()).cells.values()]
+    assert sum(text not in WORDS for text in shown if text.isalpha()) > 100
 
 
 def test_halves_of_held_out_words_are_known():
@@ -55,13 +77,20 @@ def test_questions_are_in_the_tokenizers_words(drawn, seed):
             assert len(token_ids(question.answer)) <= 4
 
 
+def test_the_tokenizer_knows_every_word_there_may_be():
+    tokenizer = page_tokenizer()
+    for word in (*words("train"), *words("dev"), *words("test"), *made_up()):
+        assert tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) == token_ids(word)
+
+
 @settings(max_examples=100, deadline=None)
 @given(pages)
 def test_layout(drawn):
     split, index, one = drawn
-    side = next(side for side in (8, 12, SIDE) if page(split, index, side) == one)
+    choices = product((8, 12, SIDE), (words(split), made_up()))
+    side, pool = next(choice for choice in choices if page(split, index, *choice) == one)
     assert all(0 <= row < side and 0 <= column < side for row, column in one.cells)
-    assert all(text == BAR or text.isdigit() or text in words(split) for text in one.cells.values())
+    assert all(text == BAR or text.isdigit() or text in pool for text in one.cells.values())
     assert one.kind == KINDS[index % len(KINDS)]
 
 

@@ -145,7 +145,10 @@ def test_rates():
 
 def test_a_resumed_training_ends_as_one_that_was_not_interrupted(one_process, tmp_path, monkeypatch):
     """Every task once; interrupted in the middle of two."""
-    stages = tuple(Stage(task, 3, 4 if task == "read" else 8, 2, (1.0, 0.5)) for task in ("answer", "read", "join"))
+    stages = tuple(
+        Stage(task, 3, 4 if task == "read" else 8, 2, (1.0, 0.5), made_up=task == "join")
+        for task in ("answer", "read", "join")
+    )
     monkeypatch.setattr(training, "STAGES", stages)
     # questions about a page of 8 x 8; the last look at dev would be at whole pages
     monkeypatch.setattr(Trainer, "evaluate", lambda self, pages: {"pages": pages})

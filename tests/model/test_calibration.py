@@ -251,6 +251,14 @@ def test_another_models_steps_are_not_taken(checkpoint, questions, few_threshold
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+def test_a_broken_model_is_refused(checkpoint, questions, tmp_path):
+    model, processor = loaded(checkpoint)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = math.nan
+    with pytest.raises(ValueError, match="model: its logits are not finite"):
+        calibrate(model, processor, read_questions(questions, 1), 0.5, tmp_path / "modes.json")
+
+
 def test_the_command(checkpoint, questions, few_thresholds, tmp_path):
     out = tmp_path / "modes.json"
     arguments = ["calibrate", "--model", checkpoint, "--data", questions, "--target", 0.3, "--out", out]

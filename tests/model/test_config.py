@@ -190,6 +190,15 @@ def test_preset_that_does_not_fit_says_what_to_give():
     assert config.prune_layers == (3, 7) and config.retention == 0.5
 
 
+@pytest.mark.parametrize("name", ["internvl3.5", "deepseek-vl2"])
+def test_preset_that_keeps_by_redundancy_trusts_routing_more(name):
+    paper = FastMMoEConfig.preset(name, retention=0.5)
+    kept = FastMMoEConfig.preset(name, retention=0.5, keep_by="redundancy")
+    assert kept == dataclasses.replace(paper, keep_by="redundancy", alpha=0.75) and paper.alpha < 0.75
+    assert FastMMoEConfig.preset(name, retention=0.5, keep_by="redundancy", alpha=0.5).alpha == 0.5
+    assert FastMMoEConfig.preset(name, retention=0.5, keep_by="importance") == paper
+
+
 def test_preset_overrides():
     config = FastMMoEConfig.preset("internvl3.5", keep_ratios=(0.9, 0.8, 0.7), vision_top_k=2)
     assert config.stage_keep_ratios == (0.9, 0.8, 0.7) and config.prune_layers == (5, 8, 12)

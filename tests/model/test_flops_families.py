@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from fastmmoe.cost.flops import flops
+from fastmmoe.cost.prefill_time import prefill_time
 from fastmmoe.families import ARCHITECTURES, FAMILIES, Family, architecture_of, find_text_model, plain_name
 from fastmmoe.families.architecture import Layer, dense_layers
 from fastmmoe.methods import FastMMoEConfig
@@ -138,6 +139,22 @@ def test_dense_agrees_with_pytorchs_counter(name):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_gates_that_choose_by_groups_are_known_from_the_config(name):
+    model, _ = TINY[name]()
+    family, text_model, _ = find_text_model(model)
+    layers = [layer for layer in text_model.layers if family.is_moe(layer)]
+    options = [
+        family.routing_options(family.gate_of(layer), *family.gate_arguments(family.moe_of(layer))) for layer in layers
+    ]
+    (groups,) = {option.get("n_group", 1) for option in options}
+    assert architecture_of(text_model.config).expert_groups == groups
+    if groups > 1 and not family.expert_obstacle(text_model.config):
+        for count in (flops, prefill_time):
+            with pytest.raises(ValueError, match="expert_budget: not supported with this model's gate, which chooses"):
+                count(model, 10, 60, FastMMoEConfig(expert_budget=6))
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_a_reduced_prefill_saves(name):
     model, _ = TINY[name]()
     family, text_model, _ = find_text_model(model)
@@ -157,6 +174,14 @@ def test_a_reduced_prefill_saves(name):
         pruned = bool(prune) and layer.layer > layers[0]
         if pruned or (fewer and has_experts and layer.layer >= 1):
             assert layer.reduced < layer.dense, f"layer {layer.layer}"
+
+
+def test_fewer_experts_are_refused_where_enabling_them_is():
+    model, _ = TINY["llama4"]()
+    for sizes in (model, model.config, model.config.text_config, "llama-4-scout-17b-16e"):
+        assert flops(sizes, 10, 60, FastMMoEConfig(prune_layers=(1,), retention=0.5)).saved > 0
+        with pytest.raises(ValueError, match="cannot take fewer experts: every token takes one expert already"):
+            flops(sizes, 10, 60, FastMMoEConfig(expert_budget=2))
 
 
 def _left(plan: FastMMoEConfig, vision: int) -> int:
@@ -179,7 +204,7 @@ OCR = dict(
     n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=896, intermediate_size=6848, n_shared_experts=2,
     mlp_layer_types=["dense"] + ["sparse"] * 11,
 )  # fmt: skip
-KIMI = dict(n_routed_experts=384, num_attention_heads=64, num_key_value_heads=64, first_k_dense_replace=1)
+KIMI = dict(n_group=1, n_routed_experts=384, num_attention_heads=64, num_key_value_heads=64, first_k_dense_replace=1)
 
 # the text config of each, where it is not its type's default
 RELEASED: dict[str, dict[str, Any]] = {

@@ -236,7 +236,8 @@ def test_a_prompt_of_embeddings_with_its_picture():
 @torch.no_grad()
 def test_too_few_vision_tokens_run_the_stock_model():
     model = tiny_internvl()
-    batch, config = tiny_batch(model, (1, 1)), skipping(min_vision_tokens=2 * TOKENS_PER_TILE + 1)
+    config = skipping(text_threshold=0.0, min_vision_tokens=2 * TOKENS_PER_TILE + 1)
+    batch = tiny_batch(model, (1, 1))
     want = model(**batch).logits
     with fastmmoe.enabled(model, config):
         assert torch.equal(model(**batch).logits, want)
@@ -289,6 +290,11 @@ def test_threads_do_not_count_for_one_another():
         (dict(text_importance=(1.0, -1.0)), ValueError, r"text_importance\[1\]: expected a finite number >= 0"),
         (dict(text_importance=1.0), TypeError, "text_importance: expected a tuple or list"),
         (dict(special_tokens=(1,)), ValueError, "special_tokens: expected none with text_threshold=0.0"),
+        (
+            dict(text_threshold=0.1, text_importance=(1.0,), min_vision_tokens=9),
+            ValueError,
+            "min_vision_tokens=9: expected 0 with text_threshold=0.1",
+        ),
         (dict(special_tokens=(-1,)), ValueError, r"special_tokens\[0\]: expected an int >= 0"),
         (dict(window=0), ValueError, "window"),
     ],

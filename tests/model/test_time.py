@@ -23,7 +23,7 @@ from fastmmoe.cost import devices
 from fastmmoe.cost.devices import DEVICES, Ceilings, card, ceilings_of
 from fastmmoe.cost.ops import expected_experts
 from fastmmoe.cost.sweep import BATCHES, VISION
-from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, find_text_model
+from fastmmoe.families import ARCHITECTURES, Architecture, architecture_of, expert_obstacle, find_text_model
 from fastmmoe.families.architecture import Layer, Mixer, Mlp
 
 from . import tiny_families
@@ -310,8 +310,9 @@ def test_what_was_found_of_one_image_and_of_many():
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_architecture_on_every_device(device):
     for name, model in ARCHITECTURES.items():
-        config = FastMMoEConfig(vision_top_k=1, reduction_layer=1)
-        report = prefill_time(name, 100, 1792, config, device)
+        # of one expert per token there are no fewer
+        top_k = None if expert_obstacle(name) else 1
+        report = prefill_time(name, 100, 1792, FastMMoEConfig(vision_top_k=top_k, reduction_layer=1), device)
         assert isinstance(report, TimeReport) and len(report.per_layer) == model.num_hidden_layers
         assert 0 < report.reduced <= report.dense < 60 and report.ceilings == DEVICES[device]
         names = {op.name for layer in report.per_layer for op in layer.dense_ops}

@@ -1,0 +1,34 @@
+"""A method's settings in a JSON file: what `fastmmoe calibrate` writes, or `{"type": NAME, "config": to_dict()}`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastmmoe.config import ReductionConfig
+from fastmmoe.methods import METHODS
+
+CONFIGS = {config.__name__: config for config in METHODS}
+
+
+def content_of(config: ReductionConfig) -> dict[str, Any]:
+    """What `read_config_file` reads."""
+    return {"type": type(config).__name__, "config": config.to_dict()}
+
+
+def read_config_file(path: Path) -> tuple[ReductionConfig, str | None]:
+    """A config, and the `gates_sha256` of the model that it was calibrated for.
+
+    The latter is None where the file does not say of which model it is.
+
+    Raises:
+        ValueError: it cannot be read, or holds none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = CONFIGS[values["type"]].from_dict(values["config"])
+        gates = values["calibration"]["study"]["model"]["gates_sha256"] if "calibration" in values else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: holds no calibrated config ({type(error).__name__}: {error})") from error
+    return config, gates
