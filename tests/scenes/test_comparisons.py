@@ -65,9 +65,9 @@ ROOT = Path(__file__).parents[2]
         (0.25, "vision_top_k=1, reduction_layer=1, prune_layers=(2, 4, 6), retention=0.084, steepness=0.6"),
     ],
 )
-def test_the_schedules_of_the_readme_are_those_that_were_tested(retention, settings):
-    readme = (ROOT / "README.md").read_text()
-    assert settings in " ".join(readme.split())
+def test_the_schedules_of_the_study_are_those_that_were_tested(retention, settings):
+    study = " ".join((ROOT / "docs/study.md").read_text().split())
+    assert settings in study
     said = eval(f"FastMMoEConfig({settings})")
     results = json.loads((ROOT / "bench/results/quality/schedules.json").read_text())["results"]
     found = next(one for one in results if one["retention"] == retention)["test"]["layers and experts"]
@@ -79,15 +79,15 @@ def test_the_schedules_of_the_readme_are_those_that_were_tested(retention, setti
     for stage in range(len(said.prune_layers)):
         ours, theirs = said.vision_left(stage, ours), tested.vision_left(stage, theirs)
         assert ours == theirs
-    assert f"gains {found['lead']:.3f} +- {found['standard_error']:.3f}" in " ".join(readme.split())
+    assert f"gains {found['lead']:.3f} +- {found['standard_error']:.3f}" in study
 
 
-def test_the_rankings_of_the_readme_are_those_that_were_tested():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_rankings_of_the_study_are_those_that_were_tested():
+    study = " ".join((ROOT / "docs/study.md").read_text().split())
     results = json.loads((ROOT / "bench/results/quality/windows.json").read_text())["results"]
 
     def bullet(begin: str) -> str:
-        return readme[readme.index(begin) :].split(" - ")[0]
+        return study[study.index(begin) :].split(" - ")[0]
 
     def said(row: dict) -> str:
         return f"{row['lead']:.3f} +- {row['standard_error']:.3f}"
@@ -95,7 +95,7 @@ def test_the_rankings_of_the_readme_are_those_that_were_tested():
     ours = results["redundancy"]["official_windows"]
     assert all(said(row) in bullet("**Better than the paper's default ranking") for row in ours)
     losses = [lead for row in ours for lead in row["leads"] if lead < 0]
-    assert len(losses) == 1 and f"a loss, of {-losses[0]:.4f}" in readme
+    assert len(losses) == 1 and f"a loss, of {-losses[0]:.4f}" in study
     *stages, _, single = results["routing similarity"]["official_windows"]
     text = bullet("The paper's other ranking")
     assert all(said(row) in text for row in stages) and f"loses {said(single | {'lead': -single['lead']})}" in text
