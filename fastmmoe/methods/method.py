@@ -117,7 +117,10 @@ class Pruning:
         return None
 
     def look(self, call: AttentionCall) -> torch.Tensor:
-        """What a stage needs of its layer's attention."""
+        """What a stage needs of its layer's attention: floating, a mean over the call's heads.
+
+        Where processes split a layer's heads, it goes on with the mean of what they see.
+        """
         raise NotImplementedError
 
     def prune(self, tokens: StageInput) -> PrunedBatch:

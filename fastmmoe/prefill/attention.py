@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -123,4 +124,11 @@ def _look(
     key = key[:, :, :keys]
     layout = forward.segments[-1].layout.to(query.device)
     call = AttentionCall(query, key, scale, layout, mask, visible, sinks, forward.back)
-    forward.stage.seen = forward.plan.pruning.look(call)
+    seen = forward.plan.pruning.look(call)
+    group = forward.plan.head_groups.get(forward.stage.number)
+    if group is not None:
+        # means over as many heads each: every process goes on with the same mean over all of them
+        seen = seen.contiguous()
+        dist.all_reduce(seen, group=group)
+        seen = seen / dist.get_world_size(group)
+    forward.stage.seen = seen

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from fastmmoe.config import ReductionConfig
 from fastmmoe.families import Family, architecture_of
@@ -11,6 +12,7 @@ from fastmmoe.methods.method import Pruning
 from fastmmoe.prefill.patch import innermost
 from fastmmoe.prefill.place import Place
 from fastmmoe.prefill.sequence import Segment
+from fastmmoe.prefill.sharding import work_group
 from fastmmoe_kernels.backend import resolve_backend
 
 
@@ -24,6 +26,7 @@ class Plan:
         stages: number of each prune layer -> number of its stage, both from 0.
         reduced: layers whose tokens take fewer experts.
         places: of all layers.
+        head_groups: stage -> the processes among which its layer's attention heads are split; None: they are not.
         last: segments of the last forward with vision tokens under this plan, for the report; None before one.
         chosen: layer -> int [T, K], what the gates of that forward chose, where only they know how many experts that
             are; without layers where another thread's forward ran in between.
@@ -35,6 +38,7 @@ class Plan:
     stages: dict[int, int]
     reduced: tuple[int, ...]
     places: tuple[Place, ...]
+    head_groups: dict[int, ProcessGroup | None]
     last: list[Segment] | None = field(default=None, repr=False)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     skipped: bool = False
@@ -86,15 +90,22 @@ class Plan:
                 choices[number].check_experts(architecture_of(text.config).num_experts, groups, family.title)
         for number in reduced:
             experts = innermost(family.experts_of(layers[number]))
-            if any(hasattr(weight, "device_mesh") for weight in experts.parameters()):
-                raise ValueError("model: sharded experts are not supported together with fewer experts")
-            if getattr(experts, "_is_expert_parallel", False):
-                raise ValueError("model: expert parallelism is not supported together with fewer experts")
+            work_group(layers[number], experts, f"layer {number}'s experts")
+            implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+            if implementation == "deepgemm_megamoe":
+                raise ValueError(
+                    "model: experts_implementation='deepgemm_megamoe' is not supported together with fewer experts: "
+                    "its kernel routes the tokens between processes itself"
+                )
         stages = {layer: stage for stage, layer in enumerate(config.prune_layers)}
         places = [
             Place(sum(stage < n for stage in stages), stages.get(n), choices.get(n)) for n in range(len(layers))
         ]
-        return cls(config, config.pruning(), stages, reduced, tuple(places))
+        pruning, groups = config.pruning(), {}
+        for number, stage in stages.items() if pruning.looks else ():
+            attention = innermost(family.attention_of(layers[number]))
+            groups[stage] = work_group(layers[number], attention, f"layer {number}'s attention")
+        return cls(config, pruning, stages, reduced, tuple(places), groups)
 
     @property
     def first_stage(self) -> int | None:

@@ -4,14 +4,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fastmmoe.families import Family
 from fastmmoe.prefill.expert_form import expert_form
-from fastmmoe.prefill.experts import run_pairs
+from fastmmoe.prefill.experts import NAME, run_pairs
 from fastmmoe.prefill.patch import Patch, innermost, patch_in
 from fastmmoe.prefill.place import Place
 from fastmmoe.prefill.running import RUNNING
 from fastmmoe.prefill.sequence import ForwardPass
+from fastmmoe.prefill.sharding import work_group
 from fastmmoe_kernels import choose_experts, gate_routing, topk_routing
 
 
@@ -99,7 +101,7 @@ class ExpertsPatch(Patch):
         form: under which `moe_experts` computes what they do; None: the model's own run, one row per token and expert.
     """
 
-    __slots__ = ("form", "_is_known")
+    __slots__ = ("form", "_is_known", "_skips")
     part = "experts"
     as_method = True
 
@@ -110,6 +112,30 @@ class ExpertsPatch(Patch):
             self.form = None
         # something else may stand in place of what transformers has
         self._is_known = self.is_bare and (self.form is not None or hasattr(type(self.module).forward, "__wrapped__"))
+        self._skips = False
+        name = f"layer {self.number}'s experts"
+        if work_group(self.installation.layer(self.number), self.module, name) is not None:
+            self._prepare_split(name)
+
+    def _prepare_split(self, name: str) -> None:
+        """Run experts that processes share below what brings them their tokens, and sums up what they make of them.
+
+        Raises:
+            ValueError: something else than transformers does.
+        """
+        distributor = getattr(self._before, "__module__", None) or ""
+        if not distributor.startswith("transformers.distributed.") or not hasattr(
+            type(self.module).forward, "__wrapped__"
+        ):
+            raise ValueError(
+                f"model: {name} are split between processes by something else than transformers' DistributedConfig; "
+                "fewer experts are not supported with it"
+            )
+        # never compared with a run of their own: other processes may have no vision tokens, and would wait in vain
+        self.form, self._is_known = None, True
+        # each process has a part of every expert, and runs it by `moe_experts`, which leaves empty slots out
+        is_ours = self.module.config._experts_implementation == NAME
+        self._skips = is_ours and not self.module._is_expert_parallel
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         forward = RUNNING.forward
@@ -131,6 +157,8 @@ class ExpertsPatch(Patch):
         num_experts = forward.num_experts
         if not is_chosen:  # by somebody behind the gate, who may have left slots empty
             return self.stock(hidden, ids.clamp_max(num_experts - 1).long(), weights)
+        if self._skips:
+            return self.stock(hidden, ids, weights)
         if self._is_known:
             return run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)
         # once: empty slots have weight 0, and any expert may take them
@@ -206,7 +234,7 @@ def linear_options(gate: nn.Module, hidden: torch.Tensor, family: Family) -> dic
     weight = gate._parameters.get("weight")
     if family.linear is None or weight is None or gate._modules or type(gate).__name__ != family.gate_class:
         return None
-    if weight.device != hidden.device or weight.dtype != hidden.dtype:
+    if weight.device != hidden.device or weight.dtype != hidden.dtype or isinstance(weight, DTensor):
         return None
     options = family.linear(gate)
     known = (weight, *options.values())

@@ -1,0 +1,39 @@
+"""Models whose weights several processes share (DTensor): whose are split, and among which of them."""
+
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+# what a mesh calls the dimension along which a layer's own work is split, in torch's recipes and in transformers
+WORK = ("tp", "ep")
+
+
+def work_group(layer: nn.Module, part: nn.Module, name: str) -> ProcessGroup | None:
+    """The processes among which the heads or the experts of a part of a layer are split; None: each has them all.
+
+    Weights that FSDP spreads do not count: they are whole while the layer runs.
+
+    Args:
+        name: of the part, for the message.
+
+    Raises:
+        ValueError: weights split along a mesh dimension that does not say what for.
+    """
+    is_gathered = any(isinstance(module, FSDPModule) for module in layer.modules())
+    for weight in part.parameters():
+        if not isinstance(weight, DTensor):
+            continue
+        mesh = weight.device_mesh
+        names = mesh.mesh_dim_names or (None,) * mesh.ndim
+        for dim, placement in enumerate(weight.placements):
+            if placement.is_replicate() or mesh.size(dim) == 1:
+                continue
+            if names[dim] in WORK:
+                return mesh.get_group(dim)
+            if not is_gathered:
+                raise ValueError(
+                    f"model: {name} is split along a dimension of its device mesh named {names[dim]!r}, expected "
+                    f"{' or '.join(map(repr, WORK))}, as transformers' DistributedConfig names them"
+                )
+    return None
