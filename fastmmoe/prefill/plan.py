@@ -54,6 +54,9 @@ class Plan:
             raise ValueError("model: expected a model in evaluation mode, got one in training mode; call model.eval()")
         resolve_backend(config.backend, next(text.parameters()))
         layers = [innermost(layer) for layer in text.layers]
+        for number, layer in enumerate(layers):
+            if type(layer).__name__ == "PipelineIdentityLayer":
+                raise ValueError(f"model: layer {number} is another process's; pipeline parallelism is not supported")
         moe = [number for number, layer in enumerate(layers) if family.is_moe(layer)]
         if not moe:
             raise ValueError("model: no layer holds routed experts")

@@ -33,7 +33,7 @@ def work_group(layer: nn.Module, part: nn.Module, name: str) -> ProcessGroup | N
                 return mesh.get_group(dim)
             if not is_gathered:
                 raise ValueError(
-                    f"model: {name} is split along a dimension of its device mesh named {names[dim]!r}, expected "
-                    f"{' or '.join(map(repr, WORK))}, as transformers' DistributedConfig names them"
+                    f"model: weights of {name} are split along a dimension of their device mesh named {names[dim]!r}, "
+                    f"expected {' or '.join(map(repr, WORK))}, as transformers' DistributedConfig names them"
                 )
     return None

@@ -29,8 +29,14 @@ def runs_of(
 ) -> Runs:  # fmt: skip
     """Tasks on a checkpoint; see `Tasks`, `Tasks.run` and `FastMMoE`.
 
-    Raises: whatever they raise.
+    Raises:
+        ValueError: several processes; and what they raise.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE: fastmmoe eval runs lmms-eval in one process, got {processes}; lmms-eval's own command line "
+            f"takes several: accelerate launch -m lmms_eval eval --model {NAME} --model_args pretrained=..."
+        )
     tasks, model = Tasks(names, include_path, limit), FastMMoE(checkpoint, None, batch, device, dtype)
     about = {
         "harness_version": version("lmms_eval"), "gates_sha256": model.gates, "tasks": list(names),

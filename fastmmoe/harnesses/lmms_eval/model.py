@@ -35,7 +35,8 @@ class FastMMoE(lmms):
         pretrained: directory or hub id.
         method, settings: see `fastmmoe.harnesses.settings.read_method`.
         batch_size: prompts per batch.
-        device, dtype: to run on and in; `device` "auto" is a GPU where there is one.
+        device, dtype: to run on and in; `device` "auto" is a GPU where there is one. Of several processes, each takes
+            the GPU of its number.
 
     Raises:
         ValueError: arguments that are none, or do not fit the checkpoint.
@@ -54,13 +55,14 @@ class FastMMoE(lmms):
         **settings: Any,
     ):
         super().__init__()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("WORLD_SIZE: lmms-eval in several processes is not supported by fastmmoe, expected one")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size: expected a number of prompts, got {batch_size!r}")
         self.batch_size = int(batch_size)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device in ("auto", "cuda"):
+            # lmms-eval deals its documents out to the processes that a launcher started: each has a GPU and a model
+            is_gpu = device == "cuda" or torch.cuda.is_available()
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if is_gpu else "cpu"
+        self.device = torch.device(device)
         config = read_method(read_config(pretrained), method, settings)
         model = load_model(pretrained, dtype, device)
         self.answerer = Answerer(model, load_processor(pretrained))

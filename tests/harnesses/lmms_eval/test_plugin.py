@@ -129,15 +129,30 @@ def test_what_is_not_supported_is_refused(model):
 
 def test_lmms_evals_own_command_line(tasks, tmp_path):
     arguments = f"pretrained={CHECKPOINT},dtype=float32,prune_layers=[1,2,3],retention=0.25"
-    done = command(
+    words = (
         "lmms_eval", "eval", "--model", "fastmmoe", "--model_args", arguments, "--tasks", TASK, "--include_path",
-        str(tasks), "--batch_size", "8", "--device", "cpu", "--limit", "16", "--output_path", str(tmp_path),
+        str(tasks), "--batch_size", "8", "--device", "cpu", "--limit", "15", "--log_samples",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.rglob("*_results.json")
-    results = json.loads(path.read_text())
-    assert results["results"][TASK]["mmmu_acc,none"] > 0.7
-    assert results["config"]["model"] == "fastmmoe"
+    launchers = {
+        "one process": (),
+        "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"),
+        "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"),
+    }
+    answers = {}
+    for name, launcher in launchers.items():
+        out = tmp_path / name
+        done = command(*launcher, *words, "--output_path", str(out))
+        assert done.returncode == 0, done.stderr
+        (path,) = out.rglob("*_results.json")
+        results = json.loads(path.read_text())
+        assert results["results"][TASK]["mmmu_acc,none"] > 0.7
+        assert results["config"]["model"] == "fastmmoe"
+        (path,) = out.rglob("*_samples_*.jsonl")
+        samples = [json.loads(line) for line in path.read_text().splitlines()]
+        answers[name] = {sample["doc_id"]: sample["filtered_resps"] for sample in samples}, results["results"][TASK]
+    # 15 documents, of which one process has eight and the other seven and one again
+    assert sorted(answers["one process"][0]) == list(range(15))
+    assert answers["accelerate"] == answers["torchrun"] == answers["one process"]
 
 
 def test_fastmmoe_eval(tasks, tmp_path):

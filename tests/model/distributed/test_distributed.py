@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
+import fastmmoe
+
+from .. import tiny_families
 from .samples import batch_of_rank
 from .worker import CASES, PROCESSES, SPLITS, is_held, load, results, save_tiny
 
@@ -61,3 +65,29 @@ def test_processes_equal_one(family, split, folder, alone):
             torch.testing.assert_close(got["logits"], want[case]["logits"], rtol=1e-4, atol=1e-4, msg=case)
             for name in ("answers", "tokens", "fates", "pairs"):
                 assert str(got.get(name)) == str(want[case].get(name)), (case, name, rank)
+
+
+@pytest.mark.parametrize("part", ["experts", "attention"])
+def test_what_else_was_split_is_refused(part, folder):
+    for rank in range(PROCESSES):
+        said = torch.load(folder / f"refusals-{rank}.pt")
+        for dimension in ("rows", None):
+            expected = f"of layer 3's {part} are split along a dimension of their device mesh named {dimension!r}"
+            assert expected in said[f"{part}, {dimension}"]
+        expected = "by something else than transformers' DistributedConfig" if part == "experts" else "nothing"
+        assert expected in said[f"{part}, tp"]
+
+
+def test_a_pipeline_is_refused():
+    model = tiny_families.internvl_qwen3_moe()[0]
+    model.model.language_model.layers[4] = PipelineIdentityLayer()
+    with pytest.raises(ValueError, match="model: layer 4 is another process's"):
+        fastmmoe.enable(model, CASES["stages"])
+
+
+def test_experts_that_route_themselves_are_refused():
+    model = tiny_families.internvl_qwen3_moe()[0]
+    model.model.language_model.layers[0].mlp.experts.config._experts_implementation = "deepgemm_megamoe"
+    with pytest.raises(ValueError, match="'deepgemm_megamoe' is not supported together with fewer experts"):
+        fastmmoe.enable(model, CASES["both"])
+    fastmmoe.enable(model, CASES["stages"])

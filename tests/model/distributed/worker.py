@@ -1,4 +1,4 @@
-"""What every process of several does with a model that they hold together: `torchrun -m model.distributed.worker FOLDER`.
+"""What every process of several does with a model that they hold: `torchrun -m model.distributed.worker FOLDER`.
 
 What came out of it goes to `FOLDER/FAMILY-SPLIT-RANK.pt`, what was refused as its text.
 """
@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForImageTextToText
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
 from fastmmoe.config import ReductionConfig
+from fastmmoe.prefill.patch import patches_on
 
 from ..methods import skipping
 from ..tiny_families import FAMILIES, randomise
@@ -83,7 +86,7 @@ SPLITS = {
         tuple(CASES) if experts == "grouped_mm" and implementation != "all_reduce" else FEW,
     )
     for implementation in ("auto", "all_reduce", "all_to_all")
-    for experts in ("grouped_mm", "eager", "batched_mm", "fastmmoe")
+    for experts in ("grouped_mm", "fastmmoe", *(("eager", "batched_mm") if implementation == "auto" else ()))
 }
 
 
@@ -135,6 +138,30 @@ def results(model: nn.Module, inputs: dict[str, torch.Tensor], cases: tuple[str,
     return found
 
 
+def refusals(folder: Path) -> dict[str, str]:
+    """What is said of models that were split by hand: part, mesh dimension -> message."""
+    found = {}
+    for part in ("experts", "attention"):
+        for dimension in ("tp", "rows", None):
+            model = load(folder)
+            layer = model.model.language_model.layers[3]
+            module, name = (layer.mlp.experts, "down_proj") if part == "experts" else (layer.self_attn.q_proj, "weight")
+            mesh = init_device_mesh("cpu", (PROCESSES,), mesh_dim_names=None if dimension is None else (dimension,))
+            setattr(module, name, nn.Parameter(distribute_tensor(getattr(module, name), mesh, [Shard(0)])))
+            try:
+                fastmmoe.enable(model, CASES["experts" if part == "experts" else "stages"])
+                found[f"{part}, {dimension}"] = "nothing"
+                fastmmoe.disable(model)
+            except ValueError as error:
+                found[f"{part}, {dimension}"] = str(error)
+            assert not patches_left(model)
+    return found
+
+
+def patches_left(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if patches_on(module)]
+
+
 def main(folder: Path) -> None:
     from transformers.distributed import DistributedConfig
 
@@ -146,11 +173,13 @@ def main(folder: Path) -> None:
             try:
                 distributed = DistributedConfig(**split.options)
                 model = load(folder / family, split.experts, distributed_config=distributed)
+                assert any(isinstance(weight, DTensor) for weight in model.parameters()), "nothing is split"
                 inputs = batch_of_rank(family, 0 if split.shares_batch else rank)
                 found = results(model, inputs, split.cases)
             except Exception:
                 found = traceback.format_exc()
             torch.save(found, folder / f"{family}-{name}-{rank}.pt")
+    torch.save(refusals(folder / "internvl_qwen3_moe"), folder / f"refusals-{rank}.pt")
     dist.destroy_process_group()
 
 
