@@ -123,6 +123,11 @@ def cache_in(arguments: Mapping[str, Any]) -> Cache | None:
     return arguments.get("cache") if found is None else found
 
 
+def is_paged(cache: object) -> bool:
+    """Whether it is that of transformers' continuous batching: forwards mix the tokens of several requests."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
 def state_of(cache: Cache | None) -> CacheState | None:
     """What a cache remembers of its pruned tokens; None: it holds none."""
     return getattr(cache, CACHE_STATE, None)

@@ -7,7 +7,7 @@ import torch
 
 from fastmmoe.families.kinds import CHUNKED, FULL, SLIDING, layer_kinds
 from fastmmoe.prefill.attention import register_capture
-from fastmmoe.prefill.cache import CACHE, CacheState, cache_in, check_lengths, forget, state_of
+from fastmmoe.prefill.cache import CACHE, CacheState, cache_in, check_lengths, forget, is_paged, state_of
 from fastmmoe.prefill.entry import EntryPatch, special_tokens
 from fastmmoe.prefill.masks import CallerMask
 from fastmmoe.prefill.packing import read_masked_layout, read_packed_layout, read_positioned_layout
@@ -55,6 +55,9 @@ class TextPatch(EntryPatch):
         """What the layers work from; None: the stock model runs."""
         plan, cache, layout = call.plan, cache_in(inputs), self.installation.layout
         state = state_of(cache)
+        if is_paged(cache):
+            self._check_requests(plan, vision is not None or layout is not None)
+            return None
         if state is None and cache is not None and plan is not None and plan.stages:
             check_lengths(cache, plan.first_stage)
         if plan is None:
@@ -97,6 +100,20 @@ class TextPatch(EntryPatch):
         if state is not None and mask.pairs is not None and set(layer_kinds(self.module.config)) - {FULL}:
             mask = self._keys_of(mask, past)
         return self._without_vision(call, inputs, cache, past, state, mask, skips)
+
+    @staticmethod
+    def _check_requests(plan: Plan | None, has_vision: bool) -> None:
+        """Refuse what continuous batching would leave undone: a prompt of text alone has nothing to reduce.
+
+        Raises:
+            RuntimeError: vision tokens, or a plan that gives text fewer experts.
+        """
+        if plan is not None and (has_vision or plan.config.reduces_text):
+            what = "vision tokens" if has_vision else f"text tokens under {type(plan.config).__name__}"
+            raise RuntimeError(
+                f"fastmmoe: no effect: continuous batching (generate_batch) mixes requests in a forward, and {what} "
+                "are not reduced there; use model.generate"
+            )
 
     def _without_vision(
         self,
