@@ -156,6 +156,7 @@ nightly: $(STAMP) test-versions test-vllm test-lmms test-vlmevalkit test-transfo
 		--dist load tests/model/test_state_machine.py
 	FASTMMOE_FAMILY_SEEDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		tests/model/test_parity_families.py
+	FASTMMOE_DISTRIBUTED_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/model/distributed/test_families.py
 	FASTMMOE_LOAD_REQUESTS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 		tests/model/hostile/test_load.py
 	$(MAKE) fuzz

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,11 @@ from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 import fastmmoe
 
 from .. import tiny_families
+from .launch import launch
 from .samples import batch_of_rank
 from .worker import CASES, PROCESSES, SPLITS, is_held, load, results, save_tiny
 
 FAMILIES = ("internvl_qwen3_moe", "qwen3_vl_moe")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +26,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     for family in FAMILIES:
         save_tiny(family, folder / family)
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
-    ran = subprocess.run(
-        (*command, "-m", "model.distributed.worker", str(folder)),
-        capture_output=True, text=True, timeout=900,
-        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    launch("model.distributed.worker", folder)
     return folder
 
 
