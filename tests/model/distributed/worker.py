@@ -74,16 +74,16 @@ class Split(NamedTuple):
 
 SPLITS = {
     "tp": Split(dict(tp_size=2), cases=tuple(CASES)),
-    "tp, eager": Split(dict(tp_size=2), "eager"),
+    "tp, eager": Split(dict(tp_size=2), "eager", ("both",)),
     "tp, fastmmoe": Split(dict(tp_size=2), "fastmmoe"),
     "tp of attention": Split(dict(tp_size=2, tp_plan=WHOLE_EXPERTS), cases=tuple(CASES)),
-    "fsdp": Split(dict(fsdp_size=2)),
+    "fsdp": Split(dict(fsdp_size=2), cases=("both", "budget")),
     "fsdp, ep": Split(dict(fsdp_size=2, ep_size=2)),
 } | {
     f"ep, {implementation}, {experts}": Split(
         dict(tp_size=2, ep_size=2, ep_implementation=implementation),
         experts,
-        tuple(CASES) if experts == "grouped_mm" and implementation != "all_reduce" else FEW,
+        (tuple(CASES) if implementation == "auto" else FEW) if experts == "grouped_mm" else ("both",),
     )
     for implementation in ("auto", "all_reduce", "all_to_all")
     for experts in ("grouped_mm", "fastmmoe", *(("eager", "batched_mm") if implementation == "auto" else ()))
