@@ -46,7 +46,14 @@ class ManyValues(TyperCommand):
 
 def evaluate(
     out: Annotated[Path, typer.Option(help="Directory for the table, its figures and the answers so far.")],
-    harness: Annotated[Literal["lmms-eval", "vlmevalkit"], typer.Option(help="Whose tasks.")] = "lmms-eval",
+    harness: Annotated[
+        Literal["lmms-eval", "vlmevalkit"] | None,
+        typer.Option(help="Whose tasks.", show_default="the table's, else lmms-eval"),
+    ] = None,
+    table: Annotated[
+        Literal["retention", "experts", "latency"] | None,
+        typer.Option(help="One of the paper's tables: its runs, and its tasks unless others are named."),
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="Of lmms-eval: names of tasks, several behind one another.")
     ] = None,
@@ -86,7 +93,15 @@ def evaluate(
     """Run a harness's tasks on a checkpoint, dense and reduced, into one table of scores, FLOPs and latencies.
 
     Where the official scripts' variables are set (MERGE_LAYER_LOCS, KEEP_TOKEN_RATIO, ...), what they say is a run too.
+    --table runs what one of the paper's tables shows: every method at every retention, every number of experts from
+    every layer on, or latencies.
     """
+    shown = None
+    if table is not None:
+        from fastmmoe.harnesses.paper import TABLES
+
+        shown = TABLES[table]
+    harness = harness or ("lmms-eval" if shown is None else shown.harness)
     is_lmms_eval = harness == "lmms-eval"
     of_other = (
         {"--data": data, "--python": python, "--judge": judge}
@@ -99,6 +114,8 @@ def evaluate(
     if is_lmms_eval:
         need(harness, "lmms_eval")
     names = tasks if is_lmms_eval else data
+    if shown is not None and shown.harness == harness:
+        names, batch = names or list(shown.tasks), batch or shown.batch
     if not names:
         fail(f"{'--tasks' if is_lmms_eval else '--data'}: expected the names of some of {harness}'s")
     if model is not None:
@@ -112,6 +129,8 @@ def evaluate(
         "vision_top_k": vision_top_k, "reduction_layer": reduction_layer, "prune_layers": read_layers(prune_layers),
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
+    if shown is not None and (retention or settings):
+        fail("--table: says what is run, expected no --retention, --vision-top-k, --reduction-layer or --prune-layers")
     if settings and not retention:
         option = f"--{next(iter(settings)).replace('_', '-')}"
         fail(f"{option}: without effect on the dense model, expected a --retention with it, such as 1.0")
@@ -129,9 +148,13 @@ def evaluate(
     kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
     with refusing(OSError, ValueError, TypeError, ImportError, RuntimeError):
         shape = read_config(checkpoint)
-        configs: dict[str, FastMMoEConfig | None] = {"dense": None}
-        for share in retention or []:
-            configs[f"retention {share:g}"] = FastMMoEConfig.preset(shape, **settings, retention=share)
+        if shown is not None:
+            configs = shown.configs(shape, architecture_of(shape))
+        else:
+            configs = {"dense": None} | {
+                f"retention {share:g}": FastMMoEConfig.preset(shape, **settings, retention=share)
+                for share in retention or []
+            }
         if any(os.environ.get(name, "").strip() for name in ENVIRONMENT):
             top_k = architecture_of(shape).num_experts_per_tok
             configs[ENVIRONMENT_RUN] = FastMMoEConfig.from_env(num_experts_per_tok=top_k)
@@ -146,6 +169,7 @@ def evaluate(
         for config in configs.values():  # what does not fit is refused in front of the first question
             runs.check(config)
         asked = {"harness": harness, "model": Path(checkpoint).name, "limit": limit, "dtype": kind} | runs.about
+        asked |= {} if table is None else {"table": table}
         out.mkdir(parents=True, exist_ok=True)
         if not resume:  # anew is without what was answered then
             shutil.rmtree(out / ANSWERS, ignore_errors=True)
@@ -153,7 +177,9 @@ def evaluate(
                 (out / f"{PART}.{ending}").unlink(missing_ok=True)
         file = PartFile(out, PART, header(asked | {"settings": settings}, NOTES), resume)
         there = {run["name"]: run["config"] for run in file.rows}
-        described = {name: config and config.to_dict() for name, config in configs.items()}
+        described = {
+            name: config and {"type": type(config).__name__, **config.to_dict()} for name, config in configs.items()
+        }
         for name, settings_there in there.items():
             if name in described and described[name] != settings_there:
                 raise ValueError(f"--out {out}: its run {name!r} has other settings, expected the same or --overwrite")

@@ -210,6 +210,26 @@ class FastMMoEConfig(StagedConfig):
         )
 
 
+def fitting_layers(model_or_name: Any, depth: int) -> tuple[int, ...]:
+    """The preset's prune layers, or, in a model that is not as deep, layers at the same share of a 48-layer model.
+
+    Args:
+        model_or_name: as `FastMMoEConfig.preset` takes it.
+        depth: layers of its text model.
+    """
+    try:
+        official = FastMMoEConfig.preset(model_or_name, retention=0.5).prune_layers
+    except ValueError:
+        official = (depth,)
+    if official[-1] < depth - 1:
+        return official
+    layers: list[int] = []
+    for part in (5 / 48, 8 / 48, 12 / 48):
+        layers.append(max(round(part * depth), layers[-1] + 1 if layers else 1))
+    # behind the last layer there is nothing to save
+    return tuple(layer for layer in layers if layer < depth - 1)
+
+
 def study_configs(changes: Mapping[str, Any], place: Place) -> tuple[FastMMoEConfig, ...]:
     """The family's preset with `changes` at a place, with all experts unless the place or a change says otherwise."""
     where = {"vision_top_k": None, "prune_layers": place.layers, "retention": place.retention}

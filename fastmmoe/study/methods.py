@@ -19,7 +19,7 @@ from fastmmoe.config import ReductionConfig
 from fastmmoe.families import Family, architecture_of, find_text_model
 from fastmmoe.methods import METHODS, FastMMoEConfig
 from fastmmoe.methods.entry import Entry, Place
-from fastmmoe.methods.fastmmoe import STUDY_VARIANTS, study_configs
+from fastmmoe.methods.fastmmoe import STUDY_VARIANTS, fitting_layers, study_configs
 from fastmmoe.methods.files import CONFIGS, read_config_file
 from fastmmoe.prefill.plan import Plan
 
@@ -133,7 +133,7 @@ class Setting:
         family, text, _ = find_text_model(model)
         moe = next(layer for layer in text.layers if family.is_moe(layer))
         top_k = family.routing_options(family.gate_of(moe))["top_k"]
-        official = _official_layers(model, len(text.layers))
+        official = fitting_layers(model, len(text.layers))
         preset = FastMMoEConfig.preset(model, retention=0.5, prune_layers=official)
         for config in calibrated:
             Plan.of(family, text, config)  # refuses what does not fit
@@ -265,21 +265,6 @@ def changes_of(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
     apart = {"vision_top_k", "reduction_layer", "expert_budget", "prune_layers", "retention", "keep_ratios"}
     names = [field.name for field in fields(FastMMoEConfig) if field.name not in apart]
     return {name: config[name] for name in names if config[name] != getattr(setting.preset, name)}
-
-
-def _official_layers(model: PreTrainedModel, depth: int) -> tuple[int, ...]:
-    """The preset's prune layers, or, in a model that is not as deep, layers at the same share of a 48-layer model."""
-    try:
-        official = FastMMoEConfig.preset(model, retention=0.5).prune_layers
-    except ValueError:
-        official = (depth,)
-    if official[-1] < depth - 1:
-        return official
-    layers: list[int] = []
-    for share in (5 / 48, 8 / 48, 12 / 48):
-        layers.append(max(round(share * depth), layers[-1] + 1 if layers else 1))
-    # behind the last layer there is nothing to save
-    return tuple(layer for layer in layers if layer < depth - 1)
 
 
 def _why_no_budget(family: Family, text: nn.Module, top_k: int) -> str:

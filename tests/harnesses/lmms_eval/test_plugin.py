@@ -8,11 +8,15 @@ import sys
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
+from paper.page import rows
+from transformers import AutoConfig
 
 from fastmmoe import FastMMoEConfig
+from fastmmoe.families import architecture_of
 from fastmmoe.harnesses.answers import Answerer
 from fastmmoe.harnesses.lmms_eval.evaluate import Tasks
 from fastmmoe.harnesses.lmms_eval.model import FastMMoE
+from fastmmoe.harnesses.paper import TABLES
 from fastmmoe.scenes import CHECKPOINT
 from fastmmoe.study.accuracy import answers_of
 from fastmmoe.study.methods import Method
@@ -153,6 +157,24 @@ def test_lmms_evals_own_command_line(tasks, tmp_path):
     # 15 documents, of which one process has eight and the other seven and one again
     assert sorted(answers["one process"][0]) == list(range(15))
     assert answers["accelerate"] == answers["torchrun"] == answers["one process"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_of_the_paper(tasks, tmp_path, table):
+    """A dry run, by the small model and on a task of its own."""
+    done = command(
+        "fastmmoe.cli", "eval", "--table", table, "--harness", "lmms-eval", "--tasks", TASK, "--include-path",
+        str(tasks), "--limit", "8", "--batch", "8", "--device", "cpu", "--out", str(tmp_path), "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout)["runs"]
+    config = AutoConfig.from_pretrained(CHECKPOINT)
+    assert [run["name"] for run in runs] == list(TABLES[table].configs(config, architecture_of(config)))
+    assert all(run["n"] == {TASK: 8} and run["costs"]["answered"] == 8 for run in runs)
+    assert runs[0]["scores"][TASK]["mmmu_acc"] > 0.7
+    assert all(run["costs"]["flops_ratio"] < 1 for run in runs[1:])
+    head, *filled = rows(TABLES[table], [], json.loads((tmp_path / "eval.json").read_text()))
+    assert head[:3] == ["run", f"{TASK} mmmu_acc", "retained"] and all(all(row) for row in filled)
 
 
 def test_fastmmoe_eval(tasks, tmp_path):
