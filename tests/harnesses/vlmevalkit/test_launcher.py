@@ -253,3 +253,16 @@ def test_runs_are_told_apart(tmp_path):
     names = [launcher.run_name(str(tmp_path), about | one) for one in ({}, {"limit": 1}, {"method": {"type": "x"}})]
     assert len(set(names)) == 3 and all(name.startswith(f"{tmp_path.name}-") for name in names)
     assert launcher.run_name(str(tmp_path), about) == names[0]
+
+
+def test_a_table_of_the_paper(tmp_path):
+    """A dry run: every method at every retention."""
+    words = [sys.executable, "-m", "fastmmoe.cli", "eval", "--harness", "vlmevalkit", "--data", DATASET, "--out",
+             str(tmp_path), "--table", "retention", "--device", "cpu", "--limit", "4", "--json"]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = {run["name"]: run for run in json.loads(done.stdout)["runs"]}
+    assert len(runs) == 17 and all(run["n"] == {DATASET: 4} for run in runs.values())
+    types = {"dense": None, "fewer experts only": "FastMMoEConfig", "FastV, 0.5": "FastVConfig",
+             "SparseVLM, 0.25": "SparseVLMConfig", "random, 0.75": "RandomConfig"}  # fmt: skip
+    assert {name: runs[name]["config"] and runs[name]["config"]["type"] for name in types} == types
