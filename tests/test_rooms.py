@@ -45,6 +45,7 @@ ROOMS = (
     "fastmmoe.study",
     "fastmmoe.calibration",
     "fastmmoe.harnesses",
+    "fastmmoe_cli",
     "fastmmoe.cli",
 )
 # rooms whose modules name one another's types: there, only imports that run may not go in circles
@@ -54,7 +55,7 @@ CIRCULAR_TYPES = ("fastmmoe.prefill",)
 def read_modules() -> dict[str, str]:
     """Dotted name -> source of every module."""
     found = {}
-    for folder in ("fastmmoe_kernels", "fastmmoe"):
+    for folder in ("fastmmoe_kernels", "fastmmoe", "fastmmoe_cli"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
@@ -139,8 +140,8 @@ def test_imports_of_a_room_do_not_go_in_circles(room):
         ("fastmmoe.prefill.new", "from fastmmoe import enable"),
         ("fastmmoe.cost.new", "import fastmmoe"),
         ("fastmmoe.enable", "from fastmmoe.report import report"),
-        ("fastmmoe.scenes.new", "import importlib\nimportlib.import_module('fastmmoe.cli.app')"),
-        ("fastmmoe.study.new", "from fastmmoe.cli import compare"),
+        ("fastmmoe.scenes.new", "import importlib\nimportlib.import_module('fastmmoe_cli.app')"),
+        ("fastmmoe.study.new", "from fastmmoe_cli import compare"),
         ("fastmmoe.new", ""),
     ],
 )
@@ -183,7 +184,7 @@ def family_pattern(words: set[str]) -> re.Pattern:
 
 WORDS = {"modes"}  # methods' names that are, in small letters, ordinary words
 # rooms of a method's own, beside its file
-METHOD_ROOMS = {MoDESConfig: ("fastmmoe.calibration", "fastmmoe.cli.calibrate")}
+METHOD_ROOMS = {MoDESConfig: ("fastmmoe.calibration", "fastmmoe_cli.calibrate")}
 
 
 def method_pattern(config: type) -> re.Pattern:
@@ -228,7 +229,7 @@ def strangers(modules: Mapping[str, str]) -> list[str]:
             if module not in (config.__module__, "fastmmoe.methods", "fastmmoe") and not module.startswith(own):
                 patterns.append(method_pattern(config))
                 # elsewhere an ordinary word like "random" means itself
-                is_about_methods = room_of(module) in ("fastmmoe.study", "fastmmoe.cli")
+                is_about_methods = room_of(module) in ("fastmmoe.study", "fastmmoe_cli")
                 said = texts & {entry.name for entry in config.study_entries()} if is_about_methods else ()
                 wrong += [f"{module} says {name!r}, as the tables do" for name in said]
         for number, line in enumerate(source.splitlines(), 1):
@@ -241,7 +242,7 @@ def test_names_stay_in_their_files():
     assert strangers(MODULES) == []
 
 
-ENGINES = {"vllm": ("fastmmoe.engines.vllm", "fastmmoe.cli.serve", "fastmmoe.cli.extras")}
+ENGINES = {"vllm": ("fastmmoe.engines.vllm", "fastmmoe_cli.serve", "fastmmoe_cli.extras")}
 
 
 def engine_strangers(modules: Mapping[str, str]) -> list[str]:
@@ -274,7 +275,7 @@ def test_words_are_those_of_the_registries():
         ("fastmmoe.prefill.new", "class ForInternVLModels: pass"),
         ("fastmmoe.families.new", '"""Not for Qwen3."""'),
         ("fastmmoe.families.qwen_new", "other = 'deepseek_v2'"),
-        ("fastmmoe.cli.new", "from fastmmoe.families.internvl_random import random_model"),
+        ("fastmmoe_cli.new", "from fastmmoe.families.internvl_random import random_model"),
         ("fastmmoe.methods.new", "# FastV does it otherwise"),
         ("fastmmoe.study.new", "from fastmmoe.methods import RandomConfig"),
         ("fastmmoe.study.new", "from fastmmoe.methods.uniform import x"),

@@ -14,7 +14,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastmmoe
-from fastmmoe.cli.app import app
 from fastmmoe.study import methods, plots, tables
 from fastmmoe.study.accuracy import evaluate
 from fastmmoe.study.plots import draw_plots
@@ -22,6 +21,7 @@ from fastmmoe.study.prompts import encode, make_batches
 from fastmmoe.study.results import PartFile, read_parts, write_whole
 from fastmmoe.study.study import PARTS, Study, choose, session_of
 from fastmmoe.study.timing import prefill_times
+from fastmmoe_cli.app import app
 
 
 @pytest.fixture

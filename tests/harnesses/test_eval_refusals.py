@@ -8,7 +8,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fastmmoe.cli.app import app
+from fastmmoe_cli.app import app
 
 BY_TASKS = ("--tasks", "x")
 BY_DATA = ("--harness", "vlmevalkit", "--data", "x")

@@ -6,10 +6,10 @@ import pytest
 from paper.page import MODELS, PAGE, command, page, rows
 from typer.testing import CliRunner
 
-from fastmmoe.cli.app import app
 from fastmmoe.families import ARCHITECTURES
 from fastmmoe.harnesses.paper import TABLES
 from fastmmoe.methods import FastMMoEConfig
+from fastmmoe_cli.app import app
 
 
 @pytest.mark.parametrize("model", MODELS)

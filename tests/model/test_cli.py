@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from fastmmoe.cli.app import app
-from fastmmoe.cli.bench import PROMPT, cat_photograph
 from fastmmoe.families.internvl_random import random_model, save_random_model
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
+from fastmmoe_cli.app import app
+from fastmmoe_cli.bench import PROMPT, cat_photograph
 
 from .golden import golden
 from .tiny_deepseek import tiny_deepseek_vl2
@@ -218,7 +218,7 @@ def test_run_on_deepseek_vl2(deepseek, tmp_path):
 
 def test_a_port_in_a_process_that_has_not_imported_it(deepseek, picture):
     """Past the config, to a prompt that is no UTF-8."""
-    command = [sys.executable, "-m", "fastmmoe.cli", "run", "--model", deepseek, "--image", picture, "--device", "cpu"]
+    command = [sys.executable, "-m", "fastmmoe_cli", "run", "--model", deepseek, "--image", picture, "--device", "cpu"]
     done = subprocess.run([*command, "--prompt", b"\xff"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --prompt: expected text in UTF-8, got '\\udcff'\n"
@@ -354,13 +354,13 @@ def test_what_is_no_image_or_no_supported_model_is_one_line(tmp_path, picture):
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_without_the_extra_the_command_names_it(module):
-    code = f"import sys; sys.modules[{module!r}] = None; from fastmmoe.cli import main; main()"
+    code = f"import sys; sys.modules[{module!r}] = None; from fastmmoe_cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == f"fastmmoe: the command line needs {module}: pip install 'fastmmoe[cli]'"
 
 
 def test_the_command_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "fastmmoe.cli", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "fastmmoe_cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in ("demo", "run", "bench", "flops", "time", "doctor"))

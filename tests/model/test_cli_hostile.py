@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from fastmmoe.cli.outputs import check_writable
-from fastmmoe.cli.videos import check_videos, open_videos
 from fastmmoe.families.checkpoint import load_model
 from fastmmoe.families.images import open_image
+from fastmmoe_cli.outputs import check_writable
+from fastmmoe_cli.videos import check_videos, open_videos
 
 from .test_cli import invoke, refused, succeed
 from .tiny_checkpoints import save
@@ -367,7 +367,7 @@ def test_a_picture_one_pixel_high_is_drawn(tmp_path):
 
 
 def start(*arguments, **streams):
-    command = [sys.executable, "-m", "fastmmoe.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "fastmmoe_cli", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
 
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmmoe.cli.bench import cat_photograph
-from fastmmoe.cli.picture import draw_fate
 from fastmmoe.families import Tiling
 from fastmmoe.families.chat import build_inputs
 from fastmmoe.families.deepseek_v2 import DEEPSEEK_VL2
@@ -18,6 +16,8 @@ from fastmmoe.families.tiling import fitted, grid, tiled
 from fastmmoe.families.unlimited_ocr import UNLIMITED_OCR
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor
 from fastmmoe.models.deepseek_vl2.image_tokens import image_token_index
+from fastmmoe_cli.bench import cat_photograph
+from fastmmoe_cli.picture import draw_fate
 
 from . import tiny_families
 

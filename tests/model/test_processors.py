@@ -15,13 +15,13 @@ from transformers.utils import is_torchvision_available
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
-from fastmmoe.cli import videos
 from fastmmoe.families import find_text_model, processors
 from fastmmoe.families.chat import build_inputs
 from fastmmoe.families.images_only import images_only
 from fastmmoe.families.processors import load_processor, tilings
 from fastmmoe.study.prompts import encode
 from fastmmoe.study.questions import Example
+from fastmmoe_cli import videos
 
 from .test_cli import invoke, refused, succeed
 from .tiny_checkpoints import CHECKPOINTS, NEED_TORCHVISION, TOKEN, save

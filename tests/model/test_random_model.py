@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from fastmmoe.cli.bench import PROMPT, cat_photograph
 from fastmmoe.families.chat import build_inputs
 from fastmmoe.families.internvl_random import random_model, random_processor, save_random_model
 from fastmmoe.families.processors import load_processor
+from fastmmoe_cli.bench import PROMPT, cat_photograph
 
 TOKENS = 256  # per tile: 448 / 14 patches a side, 2 x 2 of them joined
 

@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import fastmmoe
-from fastmmoe.cli.compare import compare
 from fastmmoe.families.chat import build_inputs
 from fastmmoe.families.processors import load_processor
+from fastmmoe_cli.compare import compare
 
 from .conftest import ROOT
 from .prompts import BIG, MIDDLE, SMALL, TINY, picture
@@ -66,7 +66,7 @@ def ask_by_command(directory, folder, sizes, question):
         options += ["--image", file]
     done = subprocess.run(
         [
-            sys.executable, "-m", "fastmmoe.cli", "run", "--json", "--model", directory, "--prompt", question,
+            sys.executable, "-m", "fastmmoe_cli", "run", "--json", "--model", directory, "--prompt", question,
             "--device", "cpu", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS), *options, *FLAGS,
         ],
         env=os.environ | SERVER_ENVIRONMENT,
@@ -82,7 +82,7 @@ def ask_by_command(directory, folder, sizes, question):
 def served(checkpoint, tmp_path_factory):
     """(a server by `fastmmoe serve`, what `fastmmoe run` says by case)."""
     directory, folder = checkpoint("internvl_qwen3_moe"), tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "fastmmoe.cli", "serve", str(directory), *FLAGS, "--",
+    command = [sys.executable, "-m", "fastmmoe_cli", "serve", str(directory), *FLAGS, "--",
                "--max-num-batched-tokens", "2048", *BLOCKS, *OPTIONS]  # fmt: skip
     with Server(command, str(directory), folder / "server.log") as server:
         # while it starts

@@ -163,7 +163,7 @@ def test_lmms_evals_own_command_line(tasks, tmp_path):
 def test_tables_of_the_paper(tasks, tmp_path, table):
     """A dry run, by the small model and on a task of its own."""
     done = command(
-        "fastmmoe.cli", "eval", "--table", table, "--harness", "lmms-eval", "--tasks", TASK, "--include-path",
+        "fastmmoe_cli", "eval", "--table", table, "--harness", "lmms-eval", "--tasks", TASK, "--include-path",
         str(tasks), "--limit", "8", "--batch", "8", "--device", "cpu", "--out", str(tmp_path), "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -178,7 +178,7 @@ def test_tables_of_the_paper(tasks, tmp_path, table):
 
 
 def test_fastmmoe_eval(tasks, tmp_path):
-    words = ("fastmmoe.cli", "eval", "--out", str(tmp_path), "--include-path", str(tasks), *COMMAND)
+    words = ("fastmmoe_cli", "eval", "--out", str(tmp_path), "--include-path", str(tasks), *COMMAND)
     done = command(*words, "--limit", "16", "--json")
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout)["runs"]

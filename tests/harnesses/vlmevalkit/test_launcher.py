@@ -227,7 +227,7 @@ def test_a_calibration_of_another_model_is_refused(tmp_path):
 def test_fastmmoe_eval(session, tmp_path, monkeypatch):
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
-    words = [sys.executable, "-m", "fastmmoe.cli", "eval", "--harness", "vlmevalkit", "--data", DATASET, "--out",
+    words = [sys.executable, "-m", "fastmmoe_cli", "eval", "--harness", "vlmevalkit", "--data", DATASET, "--out",
              str(tmp_path), "--retention", "0.5", "--prune-layers", "1,2,3", "--device", "cpu"]  # fmt: skip
     done = subprocess.run([*words, "--limit", "16", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -257,7 +257,7 @@ def test_runs_are_told_apart(tmp_path):
 
 def test_a_table_of_the_paper(tmp_path):
     """A dry run: every method at every retention."""
-    words = [sys.executable, "-m", "fastmmoe.cli", "eval", "--harness", "vlmevalkit", "--data", DATASET, "--out",
+    words = [sys.executable, "-m", "fastmmoe_cli", "eval", "--harness", "vlmevalkit", "--data", DATASET, "--out",
              str(tmp_path), "--table", "retention", "--device", "cpu", "--limit", "4", "--json"]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

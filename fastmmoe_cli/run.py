@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-import fastmmoe
-from fastmmoe.cli.ask import ask, show
-from fastmmoe.cli.console import fail, progress, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import (
+from fastmmoe_cli.console import fail, progress, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import (
     IMAGES,
+    VIDEOS,
     Device,
     Dtype,
     Json,
     NewTokens,
     Retention,
+    check_images,
     check_model,
     open_images,
     prune_layers_option,
@@ -25,12 +25,11 @@ from fastmmoe.cli.options import (
     read_layers,
     vision_top_k_option,
 )
-from fastmmoe.cli.outputs import check_output
-from fastmmoe.cli.videos import VIDEOS, check_videos, open_videos
-from fastmmoe.families import FAMILIES
+from fastmmoe_cli.outputs import check_output
+from fastmmoe_cli.presets import preset_for
+from fastmmoe_cli.videos import check_videos, open_videos
 
-EXAMPLE = f"Example: fastmmoe run --model {FAMILIES[0].checkpoint} --image a.jpg --prompt 'What is it?'"
-DRAWN = ", ".join(dict.fromkeys(family.title for family in FAMILIES if family.tilings))
+EXAMPLE = "Example: fastmmoe run --model DIR --image a.jpg --prompt 'What is it?'"
 
 
 def run(
@@ -54,22 +53,20 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_new_tokens: NewTokens = 128,
-    output: Annotated[Path | None, typer.Option(help=f"PNG to draw what became of each token ({DRAWN}).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG to draw what became of each token, where it is known which is where.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Ask a checkpoint about pictures or videos, FastMMoE off and on: compare answers, FLOPs and prefill times."""
     need("demo", "PIL", *(("matplotlib",) if output else ()))
-    from fastmmoe.families.chat import check_question, placeholders_of
-    from fastmmoe.families.checkpoint import load_model, read_config
-    from fastmmoe.families.processors import check_videos_of, load_processor
-
     if output:
         check_output(output)
     if not images and not videos:
         fail("--image: expected at least one, or a --video")
     if output and videos:
         fail(f"--output {output}: a picture shows images alone, expected none or no --video")
-    pictures = open_images(images or [])
+    check_images(images or [])
     check_videos(videos or [])
     check_model(model, option="--model ")
     given = {
@@ -80,12 +77,17 @@ def run(
         "keep_by": keep_by,
     }
     overrides = {name: value for name, value in given.items() if value is not None}
-    target = read_device(device)
+    from fastmmoe.families.chat import check_question, placeholders_of
+    from fastmmoe.families.checkpoint import load_model, read_config
+    from fastmmoe.families.processors import check_videos_of, load_processor
+    from fastmmoe_cli.ask import ask, show
+
+    pictures, target = open_images(images or []), read_device(device)
     # before the weights are loaded, which may take minutes
     with refusing(OSError, ValueError, ImportError, before="--model: "), progress("reading the config"):
         described = read_config(model)
     with refusing(ValueError, TypeError):
-        config = fastmmoe.FastMMoEConfig.preset(described, retention=retention, **overrides)
+        config = preset_for(described, retention=retention, **overrides)
     with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the processor"):
         processor = load_processor(model)
         if videos:

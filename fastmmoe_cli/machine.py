@@ -10,9 +10,9 @@ import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_flex_attn_available
 
 import fastmmoe
-from fastmmoe.cli.extras import EXTRAS, missing_of
-from fastmmoe.cli.videos import DECODER
 from fastmmoe.versions import TESTED, installed, is_tested, tested_range
+from fastmmoe_cli.extras import EXTRAS, missing_of
+from fastmmoe_cli.videos import DECODER
 from fastmmoe_kernels.backend import resolve_backend
 
 

@@ -12,15 +12,11 @@ from typing import Annotated
 
 import typer
 
-import fastmmoe
-from fastmmoe.cli.console import console, fail, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import Retention, check_model, prune_layers_option, read_layers, vision_top_k_option
-from fastmmoe.families import FAMILIES
+from fastmmoe_cli.console import console, fail, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import Retention, check_model, prune_layers_option, read_layers, vision_top_k_option
 
-EXAMPLE = (
-    f"Example: fastmmoe serve {FAMILIES[0].checkpoint} --retention 0.5 -- --port 8000 --max-num-batched-tokens 16384"
-)
+EXAMPLE = "Example: fastmmoe serve DIR --retention 0.5 -- --port 8000 --max-num-batched-tokens 16384"
 
 
 def serve(
@@ -41,8 +37,6 @@ def serve(
 
     Prints the command that it runs: `vllm serve` with `--additional-config`, which takes any field of `FastMMoEConfig`.
     """
-    from fastmmoe.families.checkpoint import read_config
-
     if all_experts and vision_top_k is not None:
         fail(f"--all-experts: expected it or --vision-top-k {vision_top_k}, got both")
     given = {
@@ -58,14 +52,17 @@ def serve(
     if all_experts:
         values["vision_top_k"] = None
     check_model(model)
-    with refusing(OSError, ValueError, TypeError):
-        # before vLLM starts, which takes minutes
-        fastmmoe.FastMMoEConfig.preset(read_config(model), **values)
     for option in others or ():
         name = option.split("=")[0].replace("_", "-")
         # it may be shortened, or go on with a dot and an entry
         if name.startswith("--additional") or name == "--model":
             fail(f"{name}: this command sets it, expected other options of `vllm serve` alone")
+    from fastmmoe import FastMMoEConfig
+    from fastmmoe.families.checkpoint import read_config
+
+    with refusing(OSError, ValueError, TypeError):
+        # before vLLM starts, which takes minutes
+        FastMMoEConfig.preset(read_config(model), **values)
     if not dry_run:
         need("vllm", "vllm")
     options = ["--additional-config", json_module.dumps({"fastmmoe": values}), *(others or ())]

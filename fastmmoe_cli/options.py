@@ -6,23 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
 
-import fastmmoe
-from fastmmoe.cli.console import fail, refusing
-from fastmmoe.families import ARCHITECTURES
+from fastmmoe_cli.console import fail, refusing
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from transformers import PreTrainedConfig
 
-SIZES = f"A checkpoint directory, or one of {', '.join(ARCHITECTURES)}."
-Sizes = Annotated[str, typer.Argument(metavar="MODEL", help=SIZES)]
+    from fastmmoe import FastMMoEConfig
+
+Sizes = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A checkpoint directory, or a released model; an unknown name lists them."),
+]
 Text = Annotated[int, typer.Option(min=0, help="Text tokens of the prompt.")]
 Vision = Annotated[int, typer.Option(min=0, help="Vision tokens of the prompt.")]
 ReductionLayer = Annotated[int, typer.Option(help="First layer that uses --vision-top-k.")]
 IMAGES = typer.Option("--image", help="Image file; repeat for several images.")
+VIDEOS = typer.Option(
+    "--video",
+    help="Video: animated GIF, WebP or PNG, a directory of 2 frames a second, or any file that PyAV reads; repeat for "
+    "several.",
+)
 Retention = Annotated[float, typer.Option(help="Share of the vision tokens left after the last prune layer.")]
 NewTokens = Annotated[int, typer.Option(min=1, max=65_536, help="Length of the answers.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -52,18 +59,20 @@ def read_layers(text: str | None) -> tuple[int, ...] | None:
 
 def read_reduction(
     model: str, vision_top_k: int | None, reduction_layer: int, prune_layers: str | None, retention: float
-) -> tuple[PreTrainedConfig | str, fastmmoe.FastMMoEConfig]:
+) -> tuple[PreTrainedConfig | str, FastMMoEConfig]:
     """What the calculating commands are asked about: a model's config, or its name, and what is reduced.
 
     Raises:
         OSError, ValueError, TypeError: no config in that directory, or settings that are none.
     """
+    layers = read_layers(prune_layers) or ()
+    from fastmmoe import FastMMoEConfig
     from fastmmoe.families.checkpoint import read_config
 
-    config = fastmmoe.FastMMoEConfig(
+    config = FastMMoEConfig(
         vision_top_k=vision_top_k,
         reduction_layer=reduction_layer,
-        prune_layers=read_layers(prune_layers) or (),
+        prune_layers=layers,
         retention=retention,
     )
     return read_config(model) if Path(model).is_dir() else model, config
@@ -71,6 +80,8 @@ def read_reduction(
 
 def read_device(name: str) -> torch.device:
     """The device of that name, which this machine has; "auto" is a GPU where there is one."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with refusing(RuntimeError, before=f"--device {name}: "):
@@ -90,8 +101,16 @@ def check_model(model: str, option: str = "") -> None:
         fail(f"{option}{model}: no such directory")
 
 
+def check_images(paths: Sequence[Path]) -> None:
+    """Check that there are such files, in front of what takes long to import."""
+    for path in paths:
+        if not path.exists():
+            fail(f"--image {path}: No such file or directory")
+
+
 def open_images(paths: Sequence[Path]) -> list[Image]:
     """The pictures, RGB and upright."""
+    check_images(paths)
     from fastmmoe.families.images import open_image
 
     with refusing(ValueError, before="--image "):

@@ -9,9 +9,8 @@ from typing import Annotated
 from rich.markup import escape
 from rich.table import Table
 
-import fastmmoe
-from fastmmoe.cli.console import console, print_json, refusing
-from fastmmoe.cli.options import (
+from fastmmoe_cli.console import console, print_json, refusing
+from fastmmoe_cli.options import (
     Json,
     ReductionLayer,
     Retention,
@@ -22,11 +21,10 @@ from fastmmoe.cli.options import (
     read_reduction,
     vision_top_k_option,
 )
-from fastmmoe.cli.tables import span
-from fastmmoe.families import ARCHITECTURES
+from fastmmoe_cli.tables import span
 
 EXAMPLE = (
-    f"Example: fastmmoe flops {next(iter(ARCHITECTURES))} --text 100 --vision 1792 --vision-top-k 4 "
+    "Example: fastmmoe flops DIR --text 100 --vision 1792 --vision-top-k 4 "
     "--prune-layers 5,8,12 --retention 0.5"
 )
 
@@ -44,7 +42,9 @@ def flops(
     """Count a prefill's FLOPs, dense and with FastMMoE (the language model only), without loading any weights."""
     with refusing(OSError, ValueError, TypeError):
         sizes, config = read_reduction(model, vision_top_k, reduction_layer, prune_layers, retention)
-        report = fastmmoe.flops(sizes, text, vision, config)
+        from fastmmoe.cost.flops import flops as count
+
+        report = count(sizes, text, vision, config)
     if json:
         question = {"model": model, "n_text": text, "n_vision": vision, "config": config.to_dict()}
         print_json({**question, **asdict(report)})

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import typer
 from typer.core import TyperGroup
 
-from fastmmoe.cli import analyze, bench, calibrate, demo, doctor, evaluate, flops, run, serve, time
-from fastmmoe.cli.console import fail, quiet
+from fastmmoe_cli import analyze, bench, calibrate, demo, doctor, evaluate, flops, run, serve, time
+from fastmmoe_cli.console import fail, quiet
 
 UsageError = typer.BadParameter.__base__  # typer has no public name for it
 

@@ -6,24 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import typer
-
-from fastmmoe.cli.console import fail, refusing
-from fastmmoe.cli.extras import missing_of
-from fastmmoe.families.images import open_image
-from fastmmoe.families.videos import FRAMES_PER_SECOND, Video, frames_to_take
+from fastmmoe_cli.console import fail, refusing
+from fastmmoe_cli.extras import missing_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DECODER = "av"  # PyAV's module, and its name to pip
-VIDEOS = typer.Option(
-    "--video",
-    help=f"Video: animated GIF, WebP or PNG, a directory of {FRAMES_PER_SECOND} frames a second, "
-    f"or any file that PyAV reads; repeat for several.",
-)
+    from fastmmoe.families.videos import Video
 
+DECODER = "av"  # PyAV's module, and its name to pip
 
 def check_videos(paths: Sequence[Path]) -> None:
     """Check, before any work, that there are such videos and that this machine can read them."""
@@ -47,6 +38,9 @@ def open_videos(paths: Sequence[Path], processor: Any) -> list[Video]:
 def _open_video(path: Path, processor: Any) -> Video:
     from transformers.video_utils import load_video
 
+    from fastmmoe.families.images import open_image
+    from fastmmoe.families.videos import FRAMES_PER_SECOND, Video, frames_to_take
+
     if not path.is_dir() and not _is_animation(path):
         try:
             frames, metadata = load_video(
@@ -64,7 +58,10 @@ def _open_video(path: Path, processor: Any) -> Video:
 
 
 def _sampled(path: Path, shown: list[Image], rate: float, processor: Any) -> Video:
+    import numpy as np
     from transformers.video_utils import VideoMetadata
+
+    from fastmmoe.families.videos import Video, frames_to_take
 
     sizes = {frame.size for frame in shown}
     if len(sizes) > 1:

@@ -11,7 +11,7 @@ import sys
 def main() -> None:
     """Run the command line; without typer and rich, say how to get them and exit with code 1."""
     try:
-        from fastmmoe.cli.app import app
+        from fastmmoe_cli.app import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("typer", "rich"):

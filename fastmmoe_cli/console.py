@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -57,7 +58,29 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[s
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' warnings off stderr, and their progress bars where it is no terminal."""
+    """Keep the libraries' warnings off stderr, and their progress bars where it is no terminal.
+
+    They read the environment when they are imported, which takes seconds: what is refused before is not to wait.
+    """
+    if "transformers" in sys.modules:
+        with _quiet_now():
+            yield
+        return
+    wanted = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+    wanted |= {} if stderr.is_terminal else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _quiet_now() -> Iterator[None]:
+    import transformers
+
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     hides_bars = transformers.logging.is_progress_bar_enabled() and not stderr.is_terminal

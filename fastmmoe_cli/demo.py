@@ -9,13 +9,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe.cli.compare import compare
-from fastmmoe.cli.console import console, print_json, progress, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import Json, Retention, open_images
-from fastmmoe.cli.outputs import check_output, writing
-from fastmmoe.cli.tables import stage_table, token_table
-from fastmmoe.cli.threads import one_thread
+from fastmmoe_cli.console import console, print_json, progress, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import Json, Retention, open_images
+from fastmmoe_cli.outputs import check_output, writing
+from fastmmoe_cli.tables import stage_table, token_table
 
 EXAMPLE = "Example: fastmmoe demo --question 'how many digits ?' --retention 0.5 --output picture.png"
 
@@ -32,11 +30,13 @@ def demo(
 ) -> None:
     """Ask a small trained MoE-MLLM about a picture, with FastMMoE off and on: no GPU, no download."""
     need("demo", "PIL", "matplotlib")
-    from fastmmoe.cli.picture import draw_fate
     from fastmmoe.families.chat import build_inputs, check_question, placeholders_of
     from fastmmoe.families.processors import tilings
     from fastmmoe.scenes import exact_match
     from fastmmoe.scenes.demo import demo_config, demo_example, demo_model
+    from fastmmoe_cli.compare import compare
+    from fastmmoe_cli.picture import draw_fate
+    from fastmmoe_cli.threads import one_thread
 
     check_output(output)
     picture, known = demo_example()

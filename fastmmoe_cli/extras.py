@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-from fastmmoe.cli.console import fail
+from fastmmoe_cli.console import fail
 
 # extra of the distribution -> the modules it brings
 EXTRAS = {

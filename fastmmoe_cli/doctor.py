@@ -8,15 +8,16 @@ from itertools import groupby
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe.cli.console import console, print_json
-from fastmmoe.cli.machine import examine
-from fastmmoe.cli.options import Json
+from fastmmoe_cli.console import console, print_json
+from fastmmoe_cli.options import Json
 
 EXAMPLE = "Example: fastmmoe doctor --json"
 
 
 def doctor(json: Json = False) -> None:
     """Tell what this machine offers to FastMMoE, what is missing, and how to get it."""
+    from fastmmoe_cli.machine import examine
+
     findings = examine()
     if json:
         print_json({"findings": [asdict(finding) for finding in findings]})

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 import fastmmoe
-from fastmmoe.cli.compare import Comparison, compare
-from fastmmoe.cli.console import console, fail, print_json, progress, refusing
-from fastmmoe.cli.outputs import writing
-from fastmmoe.cli.tables import cost_table, stage_table, token_table
 from fastmmoe.families.chat import build_inputs
 from fastmmoe.report import time_line
+from fastmmoe_cli.compare import Comparison, compare
+from fastmmoe_cli.console import console, fail, print_json, progress, refusing
+from fastmmoe_cli.outputs import writing
+from fastmmoe_cli.tables import cost_table, stage_table, token_table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,8 +49,8 @@ def ask(
             pass
         inputs = build_inputs(model, processor, images, prompt, videos)
         if output:
-            from fastmmoe.cli.picture import draw_fate
             from fastmmoe.families import processors
+            from fastmmoe_cli.picture import draw_fate
 
             tilings = processors.tilings(model.config, processor, images, inputs)
     runs = 5 if model.device.type == "cuda" else 3

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-import fastmmoe
-from fastmmoe.cli.console import console, print_json, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import (
+from fastmmoe_cli.console import console, print_json, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import (
     Json,
     ReductionLayer,
     Retention,
@@ -26,19 +25,18 @@ from fastmmoe.cli.options import (
     read_reduction,
     vision_top_k_option,
 )
-from fastmmoe.cli.outputs import check_output, writing
-from fastmmoe.cli.tables import span
-from fastmmoe.cost.devices import CPU, DEVICES, ceilings_of
-from fastmmoe.cost.prefill_time import TimeReport
-from fastmmoe.cost.sweep import BATCHES, Outlook, binding, outlook, sweep
-from fastmmoe.cost.tokens import count_tokens
-from fastmmoe.families import ARCHITECTURES
+from fastmmoe_cli.outputs import check_output, writing
+from fastmmoe_cli.tables import span
+
+if TYPE_CHECKING:
+    from fastmmoe.cost.prefill_time import TimeReport
+    from fastmmoe.cost.sweep import Outlook
 
 EXAMPLE = (
-    f"Example: fastmmoe time {next(iter(ARCHITECTURES))} --device h100 --text 100 --vision 1792 --vision-top-k 4 "
+    "Example: fastmmoe time DIR --device h100 --text 100 --vision 1792 --vision-top-k 4 "
     "--prune-layers 5,8,12 --retention 0.5"
 )
-DEVICE = f"{', '.join(DEVICES)}, {CPU} (measured in half a second), or a .json file of measured ceilings."
+DEVICE = "h100, h200, a100, l40s, mi300x, cpu (measured in half a second), or a .json file of measured ceilings."
 NOTE = (
     "Floors by calculation, not measurements: a prefill in eager mode takes longer, and the ratio may be another. "
     "Elementwise ops, which a compiler may fuse, are counted as eager mode runs them."
@@ -64,12 +62,17 @@ def time(
     if output:
         need("demo", "matplotlib")
         check_output(output)
+    from fastmmoe.cost.devices import ceilings_of
+    from fastmmoe.cost.prefill_time import prefill_time
+    from fastmmoe.cost.sweep import BATCHES, outlook, sweep
+    from fastmmoe.cost.tokens import count_tokens
+
     with refusing(OSError, ValueError, TypeError):
         sizes, config = read_reduction(model, vision_top_k, reduction_layer, prune_layers, retention)
         # what can be refused is, before a CPU is measured
         architecture = count_tokens(sizes, text, vision, config).architecture
         ceilings = ceilings_of(device)
-    report = fastmmoe.prefill_time(architecture, [text] * batch, [vision] * batch, config, ceilings)
+    report = prefill_time(architecture, [text] * batch, [vision] * batch, config, ceilings)
     outcome = outlook(architecture, text, vision, batch, config, ceilings)
     found = sweep(architecture, text, config, ceilings)
     if json:
@@ -103,6 +106,8 @@ def sentence(speedup: float, outcome: Outlook) -> str:
 
 def layer_table(report: TimeReport, title: str) -> Table:
     """Layers in a row that take the same time, together."""
+    from fastmmoe.cost.sweep import binding
+
     table = Table("layers", title=title)
     for column in ("attention tokens", "MoE tokens", "dense", "FastMMoE", "speedup"):
         table.add_column(column, justify="right")
@@ -122,6 +127,8 @@ def layer_table(report: TimeReport, title: str) -> Table:
 
 def sweep_table(found: Sweep, text: int) -> Table:
     """Speedups over tokens and batch."""
+    from fastmmoe.cost.sweep import BATCHES
+
     table = Table("vision tokens", title=f"speedup, by calculation, with {text:,} text tokens per sample")
     for batch in BATCHES:
         table.add_column(f"batch {batch}", justify="right")
@@ -133,6 +140,8 @@ def sweep_table(found: Sweep, text: int) -> Table:
 def draw(path: Path, title: str, found: Sweep) -> None:
     """A line per batch size over the vision tokens."""
     from matplotlib.figure import Figure
+
+    from fastmmoe.cost.sweep import BATCHES
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()

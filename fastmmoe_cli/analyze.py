@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from fastmmoe.cli.console import console, fail, print_json, reason, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import Device, Dtype, Json, NewTokens, read_device
-from fastmmoe.cli.outputs import ask_to_overwrite, check_writable, writing
+from fastmmoe_cli.console import console, fail, print_json, reason, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, read_device
+from fastmmoe_cli.outputs import ask_to_overwrite, check_writable, writing
 
 EXAMPLE = "Example: fastmmoe analyze --out results --workers 2 --resume"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from fastmmoe.cli.console import fail, reason, stderr
+from fastmmoe_cli.console import fail, reason, stderr
 
 
 def check_output(output: Path) -> None:

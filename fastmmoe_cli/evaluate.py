@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from fastmmoe.cli.console import console, fail, print_json, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import Device, Dtype, Json, check_model, read_device, read_layers
-from fastmmoe.cli.outputs import ask_to_overwrite
+from fastmmoe_cli.console import console, fail, print_json, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import Device, Dtype, Json, check_model, read_device, read_layers
+from fastmmoe_cli.outputs import ask_to_overwrite
+from fastmmoe_cli.presets import preset_for
 
 EXAMPLE = "Example: fastmmoe eval --harness lmms-eval --tasks mmmu_val --model DIR --retention 0.75 0.5 --out results"
 MANY = ("--tasks", "--data", "--retention")
@@ -152,7 +153,7 @@ def evaluate(
             configs = shown.configs(shape, architecture_of(shape))
         else:
             configs = {"dense": None} | {
-                f"retention {share:g}": FastMMoEConfig.preset(shape, **settings, retention=share)
+                f"retention {share:g}": preset_for(shape, **settings, retention=share)
                 for share in retention or []
             }
         if any(os.environ.get(name, "").strip() for name in ENVIRONMENT):

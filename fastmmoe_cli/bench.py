@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import fastmmoe
-from fastmmoe.cli.ask import ask, show
-from fastmmoe.cli.console import console, progress, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import IMAGES, Json, NewTokens, Retention, open_images
-from fastmmoe.cli.outputs import check_output
-from fastmmoe.cli.threads import one_thread
-from fastmmoe.families import FAMILIES
-from fastmmoe.families.chat import check_question, placeholders_of
+from fastmmoe_cli.console import console, progress, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import IMAGES, Json, NewTokens, Retention, check_images, open_images
+from fastmmoe_cli.outputs import check_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,14 +31,20 @@ def bench(
 ) -> None:
     """Time a prefill of 1,792 vision tokens on this CPU, with FastMMoE off and on: a random model, no download."""
     need("demo", "PIL", *(("matplotlib",) if output else ()), *(() if images else ("skimage",)))
-    # of the first family that has a small one
-    small = importlib.import_module(next(family.random_model for family in FAMILIES if family.random_model))
-
     if output:
         check_output(output)
+    check_images(images or [])
+    from fastmmoe import FastMMoEConfig
+    from fastmmoe.families import FAMILIES
+    from fastmmoe.families.chat import check_question, placeholders_of
+    from fastmmoe_cli.ask import ask, show
+    from fastmmoe_cli.threads import one_thread
+
+    # of the first family that has a small one
+    small = importlib.import_module(next(family.random_model for family in FAMILIES if family.random_model))
     pictures = open_images(images) if images else [cat_photograph()]
     with refusing(ValueError, TypeError):
-        config = fastmmoe.FastMMoEConfig.preset(small.random_config(), retention=retention)
+        config = FastMMoEConfig.preset(small.random_config(), retention=retention)
     processor, question = small.random_processor(), PROMPT if prompt is None else prompt
     with refusing(ValueError):
         check_question("--prompt", question, placeholders_of(small.random_config(), processor))

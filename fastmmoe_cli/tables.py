@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastmmoe.cli.compare import Comparison
     from fastmmoe.report import PrefillReport
+    from fastmmoe_cli.compare import Comparison
 
 
 def cost_table(result: Comparison) -> Table:

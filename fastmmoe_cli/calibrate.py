@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from fastmmoe.cli.console import console, fail, print_json, reason, refusing
-from fastmmoe.cli.extras import need
-from fastmmoe.cli.options import Device, Dtype, Json, check_model, read_device
-from fastmmoe.cli.outputs import ask_to_overwrite, check_writable
+from fastmmoe_cli.console import console, fail, print_json, reason, refusing
+from fastmmoe_cli.extras import need
+from fastmmoe_cli.options import Device, Dtype, Json, check_model, read_device
+from fastmmoe_cli.outputs import ask_to_overwrite, check_writable
 
 EXAMPLE = "Example: fastmmoe calibrate --target 0.6 --out modes.json"
 
