@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -333,7 +334,7 @@ def choose(setting: Setting, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         if row["config"] is not None:
             changes = tuple(grids.changes_of(setting, row["config"]).items())
             accuracies.setdefault(changes, []).append(row["accuracy"])
-    best = max(accuracies, key=lambda changes: (sum(accuracies[changes]) / len(accuracies[changes]), -len(changes)))
+    best = max(accuracies, key=lambda changes: (fmean(accuracies[changes]), -len(changes)))
     return dict(best)
 
 

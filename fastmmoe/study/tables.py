@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fastmmoe.study.accuracy import answers_of, paired_difference
@@ -209,7 +210,7 @@ def _ablations(rows: Sequence[Row]) -> str:
         lines.setdefault(setting, {})[row["placement"], row["retention"]] = row["accuracy"]
 
     def mean(by_place: Mapping[tuple, float]) -> float:
-        return sum(by_place.values()) / len(by_place)
+        return fmean(by_place.values())  # the same on every Python: sum() is more exact from 3.12 on
 
     body = [
         [*map(str, setting), *(f"{by_place[place]:.3f}" for place in places), f"{mean(by_place):.3f}"]

@@ -250,10 +250,11 @@ def test_a_fixed_layout_of_models_with_recurrent_and_sliding_layers():
                 assert torch.equal(model(**batch).logits, want)
 
 
+@pytest.mark.parametrize("name", ["nemotron_h_omni"])
 @torch.no_grad()
-def test_disabled_within_a_block_every_bit_is_stock():
+def test_disabled_within_a_block_every_bit_is_stock(name):
     """Its head knows no `logits_to_keep` and would hand on what it is lent: last logits alone have other bits."""
-    name, use = "nemotron_h_omni", calls.uses_of("nemotron_h_omni")["greedy"]
+    use = calls.uses_of(name)["greedy"]
     want, model = calls.answer(calls.fresh(name), name, use.run), calls.fresh(name)
     with fastmmoe.enabled(model, FastMMoEConfig()):
         fastmmoe.disable(model)
