@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-lmms vlmevalkit test-vlmevalkit test-transformers fuzz nightly lint aot \
+.PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-lmms vlmevalkit test-vlmevalkit test-transformers fuzz nightly docs lint aot \
 	wheel bench reference clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-transformers  transformers' own tests of three models, as they are and with FastMMoE"
 	@echo "make fuzz       10,000 random cases of the ops, compared with the reference"
 	@echo "make nightly    all of these, long random sequences of uses of every model, families under drawn settings, load"
+	@echo "make docs       the documentation, as a site in build/site"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
 	@echo "make wheel      build dist/fastmmoe-*.whl"
@@ -161,6 +162,18 @@ nightly: $(STAMP) test-versions test-vllm test-lmms test-vlmevalkit test-transfo
 		tests/model/hostile/test_load.py
 	$(MAKE) fuzz
 
+# the site in build/site; warnings are errors. It reads the sources, and needs no torch
+DOCS := .venv-docs
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
@@ -180,4 +193,4 @@ reference:
 	$(MAKE) -C csrc_ref
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) $(LMMS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) $(LMMS) $(VLMEVAL) $(DOCS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

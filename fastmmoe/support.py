@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from fastmmoe.families import FAMILIES, Family
+from fastmmoe import families as known
+from fastmmoe.families import Family
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def families() -> tuple[FamilySupport, ...]:
 
     Other multimodal models of transformers, with one of these text models and image tokens, are supported as well.
     """
-    return tuple(map(_support_of, FAMILIES))
+    return tuple(map(_support_of, known.FAMILIES))
 
 
 def _support_of(family: Family) -> FamilySupport:

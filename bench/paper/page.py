@@ -1,4 +1,4 @@
-"""Fill docs/paper.md: the paper's tables for both of its families, from what `fastmmoe eval --table` has left so far.
+"""Fill docs/results/paper.md: the paper's tables for both of its families, from what `fastmmoe eval --table` has left.
 
     fastmmoe eval --table retention --model MODEL --out bench/results/paper/internvl3.5-30b-a3b/retention ...
     python bench/paper/page.py
@@ -18,14 +18,14 @@ from fastmmoe.harnesses.paper import DENSE, TABLES, PaperTable
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results/paper"
-PAGE = ROOT / "docs/paper.md"
+PAGE = ROOT / "docs/results/paper.md"
 MODELS = {"internvl3.5-30b-a3b": "OpenGVLab/InternVL3_5-30B-A3B-HF", "deepseek-vl2": "deepseek-ai/deepseek-vl2"}
 HEAD = """# The paper's tables
 
 Written by `python bench/paper/page.py` from `bench/results/paper/`; empty cells were not run.
 Scores are the harness's own; *retained* is the mean of the scores' ratios to the dense model's. The paper's own list of
 tasks is not known here: these are the ones that public listings of its results name
-([`harnesses/paper.py`](../fastmmoe/harnesses/paper.py)); `--data` and `--tasks` take others.
+([`harnesses/paper.py`](../../fastmmoe/harnesses/paper.py)); `--data` and `--tasks` take others.
 """
 
 

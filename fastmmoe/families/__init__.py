@@ -76,6 +76,24 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def register(family: Family) -> None:
+    """Support a family of your own from here on, in this process; see `family.py` for what one says.
+
+    Raises:
+        TypeError: no `Family`.
+        ValueError: a family that there is.
+    """
+    global FAMILIES, _PRESETS
+    if not isinstance(family, Family):
+        raise TypeError(f"family: expected a Family, got {type(family).__name__}")
+    if any((one.parent_type, one.text_type) == (family.parent_type, family.text_type) for one in FAMILIES):
+        raise ValueError(f"family: {family.parent_type} with a {family.text_type} text model is registered already")
+    FAMILIES += (family,)
+    _TEXT_TYPES.add(family.text_type)
+    _PRESETS += (family,) if family.preset is not None else ()
+    ARCHITECTURES.update(family.architectures)
+
+
 def architecture_of(model_or_config: Any) -> Architecture:
     """The sizes of a transformers model's or (composite) config's text model.
 

@@ -32,7 +32,7 @@ def test_runs(model):
 
 
 def test_the_committed_page_is_what_the_files_make():
-    assert PAGE.read_text() == page(), "docs/paper.md: run bench/paper/page.py"
+    assert PAGE.read_text() == page(), "docs/results/paper.md: run bench/paper/page.py"
 
 
 def test_a_page_fills_itself(tmp_path):

@@ -1,4 +1,4 @@
-"""What `fastmmoe.families` and README say of every family, against the registry and the families' tiny models."""
+"""What `fastmmoe.families` and the documentation say of every family, against the registry and tiny models."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from fastmmoe.support import table
 
 from .families import TINY
 
-README = Path(__file__).parents[2] / "README.md"
+SUPPORTED = Path(__file__).parents[2] / "docs/supported.md"
 ROWS = {f"{row.parent_type}+{row.text_type}": row for row in fastmmoe.families()}
 
 
-def test_readme_has_the_table_of_the_registry():
-    assert table() in README.read_text(), "README: put in what fastmmoe.support.table() returns"
+def test_the_documentation_has_the_table_of_the_registry():
+    assert table() in SUPPORTED.read_text(), "docs/supported.md: put in what fastmmoe.support.table() returns"
 
 
 def test_a_row_for_each_family():

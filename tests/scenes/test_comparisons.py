@@ -66,7 +66,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_the_schedules_of_the_study_are_those_that_were_tested(retention, settings):
-    study = " ".join((ROOT / "docs/study.md").read_text().split())
+    study = " ".join((ROOT / "docs/results/study.md").read_text().split())
     assert settings in study
     said = eval(f"FastMMoEConfig({settings})")
     results = json.loads((ROOT / "bench/results/quality/schedules.json").read_text())["results"]
@@ -83,7 +83,7 @@ def test_the_schedules_of_the_study_are_those_that_were_tested(retention, settin
 
 
 def test_the_rankings_of_the_study_are_those_that_were_tested():
-    study = " ".join((ROOT / "docs/study.md").read_text().split())
+    study = " ".join((ROOT / "docs/results/study.md").read_text().split())
     results = json.loads((ROOT / "bench/results/quality/windows.json").read_text())["results"]
 
     def bullet(begin: str) -> str:

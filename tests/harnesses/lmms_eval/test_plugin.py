@@ -1,13 +1,16 @@
 """lmms-eval asks our model: answers and accuracy are the study's, stopped runs go on, failures are no wrong answers."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
+from lmms_eval.tasks import TaskManager
 from paper.page import rows
 from transformers import AutoConfig
 
@@ -200,3 +203,13 @@ def test_fastmmoe_eval(tasks, tmp_path):
     # but by one that starts anew
     runs = json.loads(command(*words, "--limit", "16", "--json", "--overwrite").stdout)["runs"]
     assert [run["costs"]["answered"] for run in runs] == [16, 16, 16]
+
+
+def test_the_example(tasks):
+    """examples/harness.py"""
+    spec = importlib.util.spec_from_file_location("harness", Path(__file__).parents[3] / "examples/harness.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    options = dict(limit=8, device="cpu", task_manager=TaskManager(include_path=str(tasks), include_defaults=False))
+    found = example.main(f"{CHECKPOINT},prune_layers=[1,2,3]", TASK, **options)
+    assert set(found) == {"dense", "reduced"} and found["dense"]["mmmu_acc,none"] > 0.7
