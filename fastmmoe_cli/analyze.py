@@ -47,7 +47,12 @@ def analyze(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds results.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 64,
     calibration: Annotated[
-        Path | None, typer.Option(help="What `fastmmoe calibrate` wrote: compare the skipping of experts, too.")
+        Path | None,
+        typer.Option(
+            "--calibration",
+            "--config",
+            help="Settings in a file, as `fastmmoe calibrate` or config.to_dict() gives them: compare them, too.",
+        ),
     ] = None,
     max_new_tokens: NewTokens = 8,
     device: Device = "cpu",

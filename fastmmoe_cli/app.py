@@ -38,7 +38,6 @@ app = typer.Typer(
     cls=Commands,
     help="Faster prefill of multimodal mixture-of-experts models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(epilog=demo.EXAMPLE)(demo.demo)

@@ -10,7 +10,16 @@ import typer
 
 from fastmmoe_cli.console import console, progress, refusing
 from fastmmoe_cli.extras import need
-from fastmmoe_cli.options import IMAGES, Json, NewTokens, Retention, check_images, open_images
+from fastmmoe_cli.options import (
+    IMAGES,
+    Config,
+    Json,
+    NewTokens,
+    check_config,
+    check_images,
+    open_images,
+    read_config_option,
+)
 from fastmmoe_cli.outputs import check_output
 
 if TYPE_CHECKING:
@@ -23,7 +32,11 @@ PROMPT = "Describe this photograph in one sentence."
 def bench(
     images: Annotated[list[Path] | None, IMAGES] = None,
     prompt: Annotated[str | None, typer.Option(help="The question.", show_default="a fixed one")] = None,
-    retention: Retention = 0.5,
+    retention: Annotated[
+        float | None,
+        typer.Option(help="Share of the vision tokens left after the last prune layer.", show_default="0.5"),
+    ] = None,
+    config: Config = None,
     output: Annotated[Path | None, typer.Option(help="PNG to draw what became of each token.")] = None,
     max_new_tokens: NewTokens = 8,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the model's random weights.")] = 0,
@@ -34,6 +47,7 @@ def bench(
     if output:
         check_output(output)
     check_images(images or [])
+    check_config(config, {"retention": retention})
     from fastmmoe import FastMMoEConfig
     from fastmmoe.families import FAMILIES
     from fastmmoe.families.chat import check_question, placeholders_of
@@ -43,15 +57,18 @@ def bench(
     # of the first family that has a small one
     small = importlib.import_module(next(family.random_model for family in FAMILIES if family.random_model))
     pictures = open_images(images) if images else [cat_photograph()]
-    with refusing(ValueError, TypeError):
-        config = FastMMoEConfig.preset(small.random_config(), retention=retention)
+    if config is not None:
+        settings = read_config_option(config)
+    else:
+        with refusing(ValueError, TypeError):
+            settings = FastMMoEConfig.preset(small.random_config(), retention=0.5 if retention is None else retention)
     processor, question = small.random_processor(), PROMPT if prompt is None else prompt
     with refusing(ValueError):
         check_question("--prompt", question, placeholders_of(small.random_config(), processor))
     with one_thread():
         with progress("building the model"):
             model = small.random_model(seed)
-        result, draw = ask(model, processor, pictures, question, config, max_new_tokens, output)
+        result, draw = ask(model, processor, pictures, question, settings, max_new_tokens, output)
     show("random model", result, output, json, draw)
     if not json:
         note = "The weights are random: the answers are babble, only their cost means something. One CPU thread."

@@ -14,12 +14,21 @@ from typer.core import TyperCommand
 
 from fastmmoe_cli.console import console, fail, print_json, refusing
 from fastmmoe_cli.extras import need
-from fastmmoe_cli.options import Device, Dtype, Json, check_model, read_device, read_layers
+from fastmmoe_cli.options import (
+    Device,
+    Dtype,
+    Json,
+    check_config,
+    check_model,
+    read_config_option,
+    read_device,
+    read_layers,
+)
 from fastmmoe_cli.outputs import ask_to_overwrite
 from fastmmoe_cli.presets import preset_for
 
 EXAMPLE = "Example: fastmmoe eval --harness lmms-eval --tasks mmmu_val --model DIR --retention 0.75 0.5 --out results"
-MANY = ("--tasks", "--data", "--retention")
+MANY = ("--tasks", "--data", "--retention", "--config")
 PART = "eval"
 NOTES = (
     "costs: per prompt, of those answered for this table; latencies are a batch's, shared among its prompts.",
@@ -74,6 +83,10 @@ def evaluate(
     prune_layers: Annotated[
         str | None, typer.Option(help="Layers that prune, such as 5,8,12.", show_default="the preset's")
     ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", help="JSON files of settings, as config.to_dict() gives them: a run each."),
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Of lmms-eval: directory with tasks of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.", show_default="all")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Of lmms-eval: prompts per batch.", show_default="1")] = None,
@@ -125,6 +138,8 @@ def evaluate(
         fail("--overwrite: expected it or --resume, got both")
     if include_path is not None and not include_path.is_dir():
         fail(f"--include-path {include_path}: no such directory")
+    for path in config or []:
+        check_config(path, {})
     place = read_device(device)
     given = {
         "vision_top_k": vision_top_k, "reduction_layer": reduction_layer, "prune_layers": read_layers(prune_layers),
@@ -156,6 +171,7 @@ def evaluate(
                 f"retention {share:g}": preset_for(shape, **settings, retention=share)
                 for share in retention or []
             }
+        configs |= {path.stem: read_config_option(path) for path in config or []}
         if any(os.environ.get(name, "").strip() for name in ENVIRONMENT):
             top_k = architecture_of(shape).num_experts_per_tok
             configs[ENVIRONMENT_RUN] = FastMMoEConfig.from_env(num_experts_per_tok=top_k)

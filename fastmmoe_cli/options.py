@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from fastmmoe import FastMMoEConfig
+    from fastmmoe.config import ReductionConfig
 
 Sizes = Annotated[
     str,
@@ -31,6 +32,10 @@ VIDEOS = typer.Option(
     "several.",
 )
 Retention = Annotated[float, typer.Option(help="Share of the vision tokens left after the last prune layer.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="JSON file of settings, as config.to_dict() gives them, in place of the options."),
+]
 NewTokens = Annotated[int, typer.Option(min=1, max=65_536, help="Length of the answers.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
@@ -76,6 +81,25 @@ def read_reduction(
         retention=retention,
     )
     return read_config(model) if Path(model).is_dir() else model, config
+
+
+def check_config(path: Path | None, others: Mapping[str, object]) -> None:
+    """Check that there is a file of settings, and no option beside it that it would say."""
+    if path is None:
+        return
+    if given := [name for name, value in others.items() if value is not None]:
+        option = f"--{given[0].replace('_', '-')}"
+        fail(f"--config {path}: says all settings, expected no {option} beside it")
+    if not path.is_file():
+        fail(f"--config {path}: No such file")
+
+
+def read_config_option(path: Path) -> ReductionConfig:
+    """The settings of that file."""
+    from fastmmoe.methods.files import read_config_file
+
+    with refusing(ValueError, before="--config "):
+        return read_config_file(path)[0]
 
 
 def read_device(name: str) -> torch.device:

@@ -12,15 +12,17 @@ from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import (
     IMAGES,
     VIDEOS,
+    Config,
     Device,
     Dtype,
     Json,
     NewTokens,
-    Retention,
+    check_config,
     check_images,
     check_model,
     open_images,
     prune_layers_option,
+    read_config_option,
     read_device,
     read_layers,
     vision_top_k_option,
@@ -37,7 +39,10 @@ def run(
     prompt: Annotated[str, typer.Option(help="The question.")],
     images: Annotated[list[Path] | None, IMAGES] = None,
     videos: Annotated[list[Path] | None, VIDEOS] = None,
-    retention: Retention = 0.5,
+    retention: Annotated[
+        float | None,
+        typer.Option(help="Share of the vision tokens left after the last prune layer.", show_default="0.5"),
+    ] = None,
     vision_top_k: Annotated[int | None, vision_top_k_option("half of the model's")] = None,
     prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
     alpha: Annotated[
@@ -50,6 +55,7 @@ def run(
     keep_by: Annotated[
         str | None, typer.Option(help="importance (the paper's) or redundancy (ours).", show_default="importance")
     ] = None,
+    config: Config = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_new_tokens: NewTokens = 128,
@@ -76,6 +82,7 @@ def run(
         "strategy": strategy,
         "keep_by": keep_by,
     }
+    check_config(config, given | {"retention": retention})
     overrides = {name: value for name, value in given.items() if value is not None}
     from fastmmoe.families.chat import check_question, placeholders_of
     from fastmmoe.families.checkpoint import load_model, read_config
@@ -86,8 +93,11 @@ def run(
     # before the weights are loaded, which may take minutes
     with refusing(OSError, ValueError, ImportError, before="--model: "), progress("reading the config"):
         described = read_config(model)
-    with refusing(ValueError, TypeError):
-        config = preset_for(described, retention=retention, **overrides)
+    if config is not None:
+        settings = read_config_option(config)
+    else:
+        with refusing(ValueError, TypeError):
+            settings = preset_for(described, retention=0.5 if retention is None else retention, **overrides)
     with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the processor"):
         processor = load_processor(model)
         if videos:
@@ -97,5 +107,5 @@ def run(
     clips = open_videos(videos or [], processor)
     with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the model"):
         loaded = load_model(model, dtype, target)
-    result, draw = ask(loaded, processor, pictures, prompt, config, max_new_tokens, output, clips)
+    result, draw = ask(loaded, processor, pictures, prompt, settings, max_new_tokens, output, clips)
     show(model, result, output, json, draw)

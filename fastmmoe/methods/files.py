@@ -1,4 +1,4 @@
-"""A method's settings in a JSON file: what `fastmmoe calibrate` writes, or `{"type": NAME, "config": to_dict()}`."""
+"""A method's settings in a JSON file: a config's `to_dict()`, `{"type": NAME, "config": to_dict()}`, a calibration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmmoe.config import ReductionConfig
-from fastmmoe.methods import METHODS
+from fastmmoe.methods import METHODS, FastMMoEConfig
 
 CONFIGS = {config.__name__: config for config in METHODS}
 
@@ -20,15 +20,18 @@ def content_of(config: ReductionConfig) -> dict[str, Any]:
 def read_config_file(path: Path) -> tuple[ReductionConfig, str | None]:
     """A config, and the `gates_sha256` of the model that it was calibrated for.
 
-    The latter is None where the file does not say of which model it is.
+    Without a type it is FastMMoE's. The latter is None where the file does not say of which model it is.
 
     Raises:
         ValueError: it cannot be read, or holds none.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        config = CONFIGS[values["type"]].from_dict(values["config"])
+        if "type" in values:
+            config = CONFIGS[values["type"]].from_dict(values["config"])
+        else:
+            config = FastMMoEConfig.from_dict(values)
         gates = values["calibration"]["study"]["model"]["gates_sha256"] if "calibration" in values else None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: holds no calibrated config ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: holds no config ({type(error).__name__}: {error})") from error
     return config, gates

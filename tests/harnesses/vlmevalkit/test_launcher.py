@@ -204,7 +204,7 @@ def test_what_is_none_is_named(tmp_path, monkeypatch, capsys):
     assert "--data Video-MME_8frame: holds videos" in refused("--data", "Video-MME_8frame")
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
-    assert "broken.json: holds no calibrated config" in refused("--reduction", str(broken))
+    assert "broken.json: holds no config" in refused("--reduction", str(broken))
     assert "nowhere" in refused("--model", str(tmp_path / "nowhere"))
     for other in ("--base-u=http://x", "--api-m", "--use-vl"):
         assert "would ask another model" in refused(other)

@@ -1,0 +1,100 @@
+"""The command line answers at once: help and what can be refused early import neither torch nor transformers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "fastmmoe", "numpy", "matplotlib", "PIL")
+COMMANDS = ("demo", "bench", "run", "serve", "flops", "time", "analyze", "calibrate", "eval", "doctor")
+RUN = f"""
+import sys
+from fastmmoe_cli import main
+sys.argv = ["fastmmoe", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as error:
+    code = error.code
+print("imported:", [name for name in {HEAVY} if name in sys.modules], code)
+"""
+
+
+def start(*words: str) -> tuple[str, str]:
+    done = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=["fastmmoe", *COMMANDS])
+def test_help(words):
+    said, _ = start(*words, "--help")
+    assert "Usage: fastmmoe" in said and said.endswith("imported: [] 0\n")
+
+
+ASK = ("run", "--model", "a/b", "--prompt", "What?")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nosuch",), "No such command 'nosuch'"),
+        (("run",), "Missing option '--model'"),
+        (("flops",), "Missing argument 'MODEL'"),
+        ((*ASK, "--retention", "half"), "Invalid value for '--retention'"),
+        (ASK, "--image: expected at least one, or a --video"),
+        ((*ASK, "--image", "none.jpg"), "--image none.jpg: No such file or directory"),
+        ((*ASK, "--image", "pyproject.toml", "--config", "none.json"), "--config none.json: No such file"),
+        ((*ASK, "--image", "pyproject.toml", "--output", "a.txt"), "--output a.txt: expected a .png file"),
+        (("bench", "--image", "none.jpg"), "--image none.jpg: No such file or directory"),
+        (("bench", "--retention", "0.5", "--config", "a.json"), "--config a.json: says all settings"),
+        (("flops", "x", "--prune-layers", "five"), "--prune-layers five: expected layer numbers"),
+        (("eval", "--out", "x", "--tasks", "t", "--data", "d"), "--data: lmms-eval has no such option"),
+        (("calibrate", "--out", "x", "--target", "1.5"), "--target 1.5: expected a share"),
+        (("serve", "/no/such", "--retention", "0.5"), "/no/such: no such directory"),
+    ],
+)
+def test_what_is_refused_early(words, message):
+    said, error = start(*words)
+    assert message in error.replace("\n", " ")
+    assert said.endswith("imported: [] 2\n")
+
+
+def test_completion():
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "--show-completion", "bash"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert "_FASTMMOE_COMPLETE" in done.stdout or "_COMPLETE" in done.stdout
+
+
+def test_the_lists_in_help_are_those_of_the_registries():
+    from fastmmoe.cost.devices import CPU, DEVICES
+    from fastmmoe.families.videos import FRAMES_PER_SECOND
+    from fastmmoe_cli.options import VIDEOS
+    from fastmmoe_cli.time import DEVICE
+
+    assert DEVICE.startswith(f"{', '.join(DEVICES)}, {CPU} (")
+    assert f"a directory of {FRAMES_PER_SECOND} frames a second" in VIDEOS.help
+
+
+def test_settings_from_a_file(tmp_path):
+    """`bench` by what `to_dict` gave, and by what a file of another method holds."""
+    from fastmmoe import FastMMoEConfig, UniformConfig
+    from fastmmoe.methods.files import content_of
+
+    configs = {
+        "ours": (FastMMoEConfig(vision_top_k=3, prune_layers=(2, 5), retention=0.4), lambda config: config.to_dict()),
+        "uniform": (UniformConfig(prune_layers=(1,), retention=0.3), content_of),
+    }
+    for name, (config, write) in configs.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(write(config)))
+        words = ("bench", "--config", str(path), "--max-new-tokens", "1", "--json")
+        done = subprocess.run([sys.executable, "-m", "fastmmoe_cli", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["config"] == json.loads(json.dumps(config.to_dict()))
+    path = tmp_path / "broken.json"
+    path.write_text('{"retention": 2}')
+    done = subprocess.run(
+        [sys.executable, "-m", "fastmmoe_cli", "bench", "--config", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "holds no config" in done.stderr.replace("\n", " ")
