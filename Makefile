@@ -102,7 +102,7 @@ REQUIREMENTS_LMMS := tests/harnesses/lmms_eval/requirements.txt
 $(LMMS)/.installed: pyproject.toml setup.py constraints.txt $(REQUIREMENTS_LMMS)
 	$(PYTHON) -m venv $(LMMS)
 	$(subst $(VENV),$(LMMS),$(PIP)) torch
-	$(subst $(VENV),$(LMMS),$(PIP)) --editable ".[study,triton]" accelerate pytest
+	$(subst $(VENV),$(LMMS),$(PIP)) --editable ".[study,triton]" accelerate hypothesis pytest
 	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(REQUIREMENTS_LMMS)
 	touch $@
 
@@ -116,7 +116,7 @@ REQUIREMENTS_VLMEVAL := tests/harnesses/vlmevalkit/requirements.txt
 $(VLMEVAL)/.installed: pyproject.toml setup.py constraints.txt $(REQUIREMENTS_VLMEVAL)
 	$(PYTHON) -m venv $(VLMEVAL)
 	$(subst $(VENV),$(VLMEVAL),$(PIP)) torch
-	$(subst $(VENV),$(VLMEVAL),$(PIP)) --editable ".[study,triton]" accelerate pytest
+	$(subst $(VENV),$(VLMEVAL),$(PIP)) --editable ".[study,triton]" accelerate hypothesis pytest
 	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--requirement $(REQUIREMENTS_VLMEVAL)
 	touch $@

@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     if TRITON_INSTALLED:
         mend_interpreter()
+
+# no test is timed: on a machine that does other things an example takes what it takes
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 

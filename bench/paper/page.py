@@ -23,7 +23,8 @@ MODELS = {"internvl3.5-30b-a3b": "OpenGVLab/InternVL3_5-30B-A3B-HF", "deepseek-v
 HEAD = """# The paper's tables
 
 Written by `python bench/paper/page.py` from `bench/results/paper/`; empty cells were not run.
-Scores are the harness's own; *retained* is the mean of the scores' ratios to the dense model's. The paper's own list of
+Scores are the harness's own; *retained* is the mean of the scores' ratios to the dense model's, where there are all of
+them; times are per prompt, a batch's shared among its prompts. The paper's own list of
 tasks is not known here: these are the ones that public listings of its results name
 ([`harnesses/paper.py`](../../fastmmoe/harnesses/paper.py)); `--data` and `--tasks` take others.
 """
@@ -39,6 +40,8 @@ def rows(table: PaperTable, names: list[str], study: Mapping[str, Any] | None) -
     """Head and rows of a table; a run that is not there has empty cells."""
     runs = {} if study is None else {run["name"]: run for run in study["rows"]}
     dense = runs.get(DENSE)
+    if runs and dense is None:
+        raise ValueError(f"rows: expected a run named {DENSE!r}, got {', '.join(runs)}")
     columns = (
         [(task, metric) for task, metrics in dense["scores"].items() for metric in list(metrics)[:1]]
         if dense
@@ -53,18 +56,27 @@ def rows(table: PaperTable, names: list[str], study: Mapping[str, Any] | None) -
         values = [run["scores"].get(task, {}).get(metric) for task, metric in columns]
         pairs = [(value, dense["scores"][task][metric]) for value, (task, metric) in zip(values, columns, strict=True)]
         shares = [value / of for value, of in pairs if value is not None and of]
+        is_whole = len(shares) == len(columns)
         costs, of = run["costs"], dense["costs"]
-        latency = costs.get("first_token_latency_s")
         found.append(
             [
                 name,
                 *("" if value is None else f"{value:.4g}" for value in values),
-                f"{sum(shares) / len(shares):.1%}" if shares else "",
+                f"{sum(shares) / len(shares):.1%}" if is_whole else "",
                 f"{costs['flops_ratio']:.2f}" if costs else "",
-                f"{latency * 1e3:.1f} ms ({latency / of['first_token_latency_s']:.2f})" if latency and of else "",
+                _latency(costs, of),
             ]
         )
     return found
+
+
+def _latency(costs: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """Of the dense model's in brackets, where both answered as many prompts."""
+    name = "first_token_latency_s"
+    if name not in costs:
+        return ""
+    is_like = name in dense and costs.get("answered") == dense.get("answered")
+    return f"{costs[name] * 1e3:.1f} ms" + (f" ({costs[name] / dense[name]:.2f})" if is_like else "")
 
 
 def section(model: str, results: Path) -> str:

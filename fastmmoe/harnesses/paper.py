@@ -93,5 +93,5 @@ TABLES: dict[str, PaperTable] = {
     "experts": PaperTable(
         "scores by first layer l_v and number K_v of experts", "vlmevalkit", ("MMMU_DEV_VAL", "OCRBench"), 1, _experts
     ),
-    "latency": PaperTable("time to the first token", "lmms-eval", ("mmmu_val",), 8, _latencies),
+    "latency": PaperTable("time to the first token, per prompt of a batch", "lmms-eval", ("mmmu_val",), 8, _latencies),
 }

@@ -101,7 +101,7 @@ class ExpertsPatch(Patch):
         form: under which `moe_experts` computes what they do; None: the model's own run, one row per token and expert.
     """
 
-    __slots__ = ("form", "_is_known", "_skips")
+    __slots__ = ("form", "_is_known", "_has_parts")
     part = "experts"
     as_method = True
 
@@ -112,7 +112,7 @@ class ExpertsPatch(Patch):
             self.form = None
         # something else may stand in place of what transformers has
         self._is_known = self.is_bare and (self.form is not None or hasattr(type(self.module).forward, "__wrapped__"))
-        self._skips = False
+        self._has_parts = False
         name = f"layer {self.number}'s experts"
         if work_group(self.installation.layer(self.number), self.module, name) is not None:
             self._prepare_split(name)
@@ -133,9 +133,7 @@ class ExpertsPatch(Patch):
             )
         # never compared with a run of their own: other processes may have no vision tokens, and would wait in vain
         self.form, self._is_known = None, True
-        # each process has a part of every expert, and runs it by `moe_experts`, which leaves empty slots out
-        is_ours = self.module.config._experts_implementation == NAME
-        self._skips = is_ours and not self.module._is_expert_parallel
+        self._has_parts = not self.module._is_expert_parallel
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         forward = RUNNING.forward
@@ -157,7 +155,8 @@ class ExpertsPatch(Patch):
         num_experts = forward.num_experts
         if not is_chosen:  # by somebody behind the gate, who may have left slots empty
             return self.stock(hidden, ids.clamp_max(num_experts - 1).long(), weights)
-        if self._skips:
+        if self._has_parts and self.module.config._experts_implementation == NAME:
+            # a process runs its part of every expert by `moe_experts`, which leaves empty slots out
             return self.stock(hidden, ids, weights)
         if self._is_known:
             return run_pairs(self.stock, hidden, ids, weights, num_experts, pairs)

@@ -9,6 +9,11 @@ from torch.distributed.tensor import DTensor
 WORK = ("tp", "ep")
 
 
+def is_gathered_alone(module: nn.Module) -> bool:
+    """Whether FSDP makes its weights whole for its own calls alone, in which all processes take part."""
+    return any(isinstance(inside, FSDPModule) for inside in module.modules())
+
+
 def work_group(layer: nn.Module, part: nn.Module, name: str) -> ProcessGroup | None:
     """The processes among which the heads or the experts of a part of a layer are split; None: each has them all.
 
@@ -20,7 +25,7 @@ def work_group(layer: nn.Module, part: nn.Module, name: str) -> ProcessGroup | N
     Raises:
         ValueError: weights split along a mesh dimension that does not say what for.
     """
-    is_gathered = any(isinstance(module, FSDPModule) for module in layer.modules())
+    is_gathered = is_gathered_alone(layer)
     for weight in part.parameters():
         if not isinstance(weight, DTensor):
             continue

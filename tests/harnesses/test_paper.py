@@ -43,7 +43,8 @@ def test_a_page_fills_itself(tmp_path):
                 "scores": {"A": {"acc": score, "x": 3.0}, "B": {"Overall": other}}}  # fmt: skip
 
     costs = [
-        {"flops_ratio": ratio, "first_token_latency_s": seconds} for ratio, seconds in ((1.0, 0.2), (0.43, 0.1))
+        {"flops_ratio": ratio, "first_token_latency_s": seconds, "answered": 2}
+        for ratio, seconds in ((1.0, 0.2), (0.43, 0.1))
     ]
     runs = [run("dense", 0.8, 50.0, costs[0]), run("FastMMoE, 0.5", 0.6, 25.0, costs[1]), run("mine", 0.4, None, {})]
     head, *found = rows(table, ["dense", "FastMMoE, 0.5", "FastV, 0.5"], {"rows": runs})
@@ -52,8 +53,12 @@ def test_a_page_fills_itself(tmp_path):
         ["dense", "0.8", "50", "100.0%", "1.00", "200.0 ms (1.00)"],
         ["FastMMoE, 0.5", "0.6", "25", "62.5%", "0.43", "100.0 ms (0.50)"],
         ["FastV, 0.5", "", "", "", "", ""],
-        ["mine", "0.4", "", "50.0%", "", ""],
+        ["mine", "0.4", "", "", "", ""],
     ]
+    runs[1]["costs"]["answered"] = 200  # after a stop: others were asked, and their times are not like the dense run's
+    assert rows(table, [], {"rows": runs})[2][-1] == "100.0 ms"
+    with pytest.raises(ValueError, match="expected a run named 'dense', got mine"):
+        rows(table, [], {"rows": runs[2:]})
     # in its place on the page, with where and when it ran
     folder = tmp_path / "deepseek-vl2" / "retention"
     folder.mkdir(parents=True)

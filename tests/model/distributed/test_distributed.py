@@ -68,6 +68,19 @@ def test_what_else_was_split_is_refused(part, folder):
         assert expected in said[f"{part}, tp"]
 
 
+def test_a_gate_that_is_gathered_alone_cannot_be_asked(folder):
+    for rank in range(PROCESSES):
+        said = torch.load(folder / f"refusals-{rank}.pt")["gate"]
+        assert "layer 1's gate cannot be asked: FSDP gathers its weights for it alone" in said
+
+
+def test_another_experts_implementation_while_enabled(folder, alone):
+    want = alone("internvl_qwen3_moe", 0)["both"]["logits"]
+    for rank in range(PROCESSES):
+        for name, got in torch.load(folder / f"switched-{rank}.pt").items():
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_a_pipeline_is_refused():
     model = tiny_families.internvl_qwen3_moe()[0]
     model.model.language_model.layers[4] = PipelineIdentityLayer()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig, FastVConfig, RandomConfig, SparseVLMConfig, UniformConfig
@@ -158,13 +159,36 @@ def refusals(folder: Path) -> dict[str, str]:
     return found
 
 
+def switched(folder: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Another experts implementation than that which was there when the split model was enabled."""
+    model = load(folder, "fastmmoe", distributed_config=DistributedConfig(tp_size=PROCESSES))
+    fastmmoe.enable(model, CASES["both"])
+    found = {}
+    with torch.no_grad():
+        for name in ("fastmmoe", "eager", "batched_mm", "grouped_mm", "fastmmoe"):
+            model.model.language_model.layers[0].mlp.experts.config._experts_implementation = name
+            found[name] = model(**inputs).logits
+    return found
+
+
+def gate_alone(folder: Path) -> str:
+    """What is said where FSDP gathers a gate for itself alone."""
+    plan = {"model.language_model.layers.*.mlp.gate": "free_full_weight"}
+    model = load(folder, distributed_config=DistributedConfig(fsdp_size=PROCESSES, fsdp_plan=plan))
+    fastmmoe.enable(model, CASES["experts"])
+    fastmmoe.disable(model)
+    try:
+        fastmmoe.enable(model, CASES["stages"])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def patches_left(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if patches_on(module)]
 
 
 def main(folder: Path) -> None:
-    from transformers.distributed import DistributedConfig
-
     rank = int(os.environ["RANK"])
     for family in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         for name, split in SPLITS.items():
@@ -179,7 +203,10 @@ def main(folder: Path) -> None:
             except Exception:
                 found = traceback.format_exc()
             torch.save(found, folder / f"{family}-{name}-{rank}.pt")
-    torch.save(refusals(folder / "internvl_qwen3_moe"), folder / f"refusals-{rank}.pt")
+    plain = "internvl_qwen3_moe"
+    said = refusals(folder / plain) | {"gate": gate_alone(folder / plain)}
+    torch.save(said, folder / f"refusals-{rank}.pt")
+    torch.save(switched(folder / plain, batch_of_rank(plain, 0)), folder / f"switched-{rank}.pt")
     dist.destroy_process_group()
 
 
