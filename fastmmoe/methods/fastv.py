@@ -25,8 +25,8 @@ class FastVConfig(BaselineConfig):
     Args:
         layer: K, at least 1.
         retention: share of the vision tokens kept, in (0, 1].
-        query: "last", the attention of a sample's last token, as the official code has it (FastV issues #14, #44,
-            #48), or "mean", over all of its query rows, as the paper says.
+        query: "last", the attention of a sample's last token, as the official code has it (FastV issues 14,
+            44 and 48), or "mean", over all of its query rows, as the paper says.
     """
 
     layer: int = checked(2, int_from(1))
