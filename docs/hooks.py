@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+LINK = re.compile(r"\[(?P<label>[^\[\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 SHOWN = (".png", ".jpg", ".svg")
 FIGURES = re.compile(r"<!-- figures: (\w+) -->")
 
@@ -33,12 +33,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             raise PluginError(f"{page.file.src_uri}: links to {target}, which is not there")
         inside = path.relative_to(ROOT).as_posix()
         if path.is_dir():
-            return "]"  # in brackets, without a link: a site has no listing of it
+            return found["label"]  # a site has no listing of it
         uri = f"repository/{inside}" if path.suffix in (*SHOWN, ".json", ".txt") else f"repository/{inside}.txt"
         if files.get_file_from_path(uri) is None:
             files.append(File.generated(config, uri, content=path.read_bytes()))
         up = "/".join([".."] * (len(PurePosixPath(page.file.src_uri).parts) - 1))
-        return f"]({up + '/' if up else ''}{uri})"
+        return f"[{found['label']}]({up + '/' if up else ''}{uri})"
 
     return LINK.sub(linked, markdown)
 
