@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,15 @@ def ask(
     max_new_tokens: int,
     output: Path | None,
     videos: Sequence[Video] = (),
-) -> tuple[Comparison, Callable[[], None] | None]:
+    page: Path | None = None,
+) -> tuple[Comparison, Callable[[Any], None] | None]:
     """Refuse everything that can be refused, and ask both ways.
 
+    Args:
+        output, page: where a picture and a report are wanted.
+
     Returns:
-        (what came of it, what draws the picture if one is wanted and there is something to draw).
+        (what came of it, what draws the picture to a file if one is wanted and there is something to draw).
 
     Raises:
         typer.Exit: what is asked for cannot be done; it is said why.
@@ -48,11 +53,15 @@ def ask(
         with fastmmoe.enabled(model, config):
             pass
         inputs = build_inputs(model, processor, images, prompt, videos)
-        if output:
+        tilings = None
+        if output or page:
             from fastmmoe.families import processors
-            from fastmmoe_cli.picture import draw_fate
 
-            tilings = processors.tilings(model.config, processor, images, inputs)
+            try:
+                tilings = processors.tilings(model.config, processor, images, inputs)
+            except ValueError:  # it is not known which token is where: a report has the pictures alone
+                if output:
+                    raise
     runs = 5 if model.device.type == "cuda" else 3
     with progress("", total=2 + runs) as step:
         try:
@@ -61,14 +70,24 @@ def ask(
             # not every model takes images beside a video, any number of frames, or every dtype on every device
             option = "--video" if videos else "--model"
             fail(f"{option}: {type(model).__name__} refuses this prompt: {(str(error) or repr(error)).splitlines()[0]}")
-    draw = partial(draw_fate, output, images, tilings, result.report) if output and result.report.stages else None
-    return result, draw
+    if tilings is None or not result.report.stages:
+        return result, None
+    from fastmmoe_cli.picture import draw_fate
+
+    return result, partial(draw_fate, images=images, tilings=tilings, report=result.report)
 
 
 def show(
-    model: str, result: Comparison, output: Path | None, json: bool, draw: Callable[[], None] | None = None
+    model: str,
+    question: str,
+    images: Sequence[Image],
+    result: Comparison,
+    output: Path | None,
+    json: bool,
+    draw: Callable[[Any], None] | None = None,
+    page: Path | None = None,
 ) -> None:
-    """Print a comparison, then draw; `output` is where a picture was wanted.
+    """Print a comparison, then draw; `output` and `page` are where a picture and a report were wanted.
 
     Raises:
         typer.Exit: the picture could not be written; the figures are printed.
@@ -77,8 +96,9 @@ def show(
     time = report.time() if report.device else None
     if json:
         floor = time and {"device": time.ceilings.name, "dense": time.dense, "fastmmoe": time.reduced}
-        drawn = str(output) if draw else None
-        print_json({"model": model, **result.to_dict(), "calculated_floor_seconds": floor, "picture": drawn})
+        drawn = str(output) if output and draw else None
+        written = {"picture": drawn} | ({"page": str(page)} if page else {})
+        print_json({"model": model, **result.to_dict(), "calculated_floor_seconds": floor, **written})
     else:
         console.print(cost_table(result))
         if time:
@@ -88,9 +108,21 @@ def show(
             console.print(stage_table(report))
         console.print("[bold]off:[/]", escape(result.dense_answer), soft_wrap=True)
         console.print("[bold]on: [/]", escape(result.fast_answer), soft_wrap=True)
-    if draw:
+    if output and draw:
         with writing("--output", output):
-            draw()
+            draw(output)
+    if page:
+        from fastmmoe_cli.page import as_png, write_page
+
+        pictures = list(map(as_png, images))
+        if draw:
+            file = BytesIO()
+            draw(file)
+            pictures = [file.getvalue()]
+        with writing("--report", page):
+            write_page(page, model, question, result, time, pictures, drawn=draw is not None)
+        if not json:
+            console.print(f"report: {escape(str(page))}", soft_wrap=True)
     if output and not json:
         line = f"picture: {escape(str(output))}" if draw else "no picture: no layer pruned vision tokens"
         console.print(line, soft_wrap=True)

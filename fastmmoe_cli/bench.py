@@ -15,12 +15,13 @@ from fastmmoe_cli.options import (
     Config,
     Json,
     NewTokens,
+    Report,
     check_config,
     check_images,
     open_images,
     read_config_option,
 )
-from fastmmoe_cli.outputs import check_output
+from fastmmoe_cli.outputs import check_output, check_page
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,12 +41,15 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="PNG to draw what became of each token.")] = None,
     max_new_tokens: NewTokens = 8,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the model's random weights.")] = 0,
+    report: Report = None,
     json: Json = False,
 ) -> None:
     """Time a prefill of 1,792 vision tokens on this CPU, with FastMMoE off and on: a random model, no download."""
     need("demo", "PIL", *(("matplotlib",) if output else ()), *(() if images else ("skimage",)))
     if output:
         check_output(output)
+    if report:
+        check_page(report)
     check_images(images or [])
     check_config(config, {"retention": retention})
     from fastmmoe import FastMMoEConfig
@@ -68,8 +72,8 @@ def bench(
     with one_thread():
         with progress("building the model"):
             model = small.random_model(seed)
-        result, draw = ask(model, processor, pictures, question, settings, max_new_tokens, output)
-    show("random model", result, output, json, draw)
+        result, draw = ask(model, processor, pictures, question, settings, max_new_tokens, output, page=report)
+    show("random model", question, pictures, result, output, json, draw, report)
     if not json:
         note = "The weights are random: the answers are babble, only their cost means something. One CPU thread."
         console.print(note, soft_wrap=True)

@@ -39,6 +39,7 @@ Config = Annotated[
 NewTokens = Annotated[int, typer.Option(min=1, max=65_536, help="Length of the answers.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
+Report = Annotated[Path | None, typer.Option(help="HTML file for a page with all of it, which needs nothing else.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 

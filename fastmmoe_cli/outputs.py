@@ -19,6 +19,13 @@ def check_output(output: Path) -> None:
     check_writable("--output", output)
 
 
+def check_page(page: Path) -> None:
+    """Check that a report can be written there."""
+    if page.suffix.lower() not in (".html", ".htm") or not page.parent.is_dir() or page.is_dir():
+        fail(f"--report {page}: expected a .html file in a directory that exists")
+    check_writable("--report", page)
+
+
 def check_writable(option: str, path: Path) -> None:
     """Check that a file can be opened to write; one that exists stays as it is, one that does not is gone again."""
     if path.is_fifo():  # to open one waits for a reader

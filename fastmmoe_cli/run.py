@@ -17,6 +17,7 @@ from fastmmoe_cli.options import (
     Dtype,
     Json,
     NewTokens,
+    Report,
     check_config,
     check_images,
     check_model,
@@ -27,7 +28,7 @@ from fastmmoe_cli.options import (
     read_layers,
     vision_top_k_option,
 )
-from fastmmoe_cli.outputs import check_output
+from fastmmoe_cli.outputs import check_output, check_page
 from fastmmoe_cli.presets import preset_for
 from fastmmoe_cli.videos import check_videos, open_videos
 
@@ -62,12 +63,15 @@ def run(
     output: Annotated[
         Path | None, typer.Option(help="PNG to draw what became of each token, where it is known which is where.")
     ] = None,
+    report: Report = None,
     json: Json = False,
 ) -> None:
     """Ask a checkpoint about pictures or videos, FastMMoE off and on: compare answers, FLOPs and prefill times."""
     need("demo", "PIL", *(("matplotlib",) if output else ()))
     if output:
         check_output(output)
+    if report:
+        check_page(report)
     if not images and not videos:
         fail("--image: expected at least one, or a --video")
     if output and videos:
@@ -107,5 +111,5 @@ def run(
     clips = open_videos(videos or [], processor)
     with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the model"):
         loaded = load_model(model, dtype, target)
-    result, draw = ask(loaded, processor, pictures, prompt, settings, max_new_tokens, output, clips)
-    show(model, result, output, json, draw)
+    result, draw = ask(loaded, processor, pictures, prompt, settings, max_new_tokens, output, clips, report)
+    show(model, prompt, pictures, result, output, json, draw, report)

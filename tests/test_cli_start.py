@@ -1,6 +1,7 @@
 """The command line answers at once: help and what can be refused early import neither torch nor transformers."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -60,10 +61,13 @@ def test_what_is_refused_early(words, message):
 
 
 def test_completion():
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, "--show-completion", "bash"], capture_output=True, text=True,
-    )  # fmt: skip
-    assert "_FASTMMOE_COMPLETE" in done.stdout or "_COMPLETE" in done.stdout
+    """What bash asks for behind `fastmmoe fl`, and behind `fastmmoe run --kee`."""
+    for typed, number, completed in (("fastmmoe fl", 1, "flops"), ("fastmmoe run --kee", 2, "--keep-by")):
+        asked = {"_FASTMMOE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(number)}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN], env=os.environ | asked, capture_output=True, text=True
+        )  # fmt: skip
+        assert done.stdout.splitlines()[0] == completed
 
 
 def test_the_lists_in_help_are_those_of_the_registries():

@@ -27,6 +27,8 @@ def read_config_file(path: Path) -> tuple[ReductionConfig, str | None]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not values:
+            raise ValueError("no settings")
         if "type" in values:
             config = CONFIGS[values["type"]].from_dict(values["config"])
         else:

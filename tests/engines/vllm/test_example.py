@@ -20,7 +20,8 @@ print("answer:", serve_vllm.main(*sys.argv[2:5], settings, **eval(sys.argv[5])))
 
 def test_the_example(tmp_path):
     directory = save_padded(tmp_path / "padded")
-    words = [str(ROOT / "examples"), str(directory), str(EXAMPLE / "picture.png"), "digit at r3 c1 ?", repr(OPTIONS)]
+    options = OPTIONS | {"dtype": "float32"}
+    words = [str(ROOT / "examples"), str(directory), str(EXAMPLE / "picture.png"), "digit at r3 c1 ?", repr(options)]
     environment = os.environ | ENVIRONMENT | RUNNERS["V1"]
     done = subprocess.run([sys.executable, "-c", RUN, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -39,7 +39,8 @@ def answers(setting):
     model, processor = original()
     images, found = pictures(), []
     if SETTINGS[setting]:
-        fastmmoe.enable(model, fastmmoe.FastMMoEConfig(**SETTINGS[setting]))
+        # by the preset, as the plugin: with `keep_by="redundancy"` it brings its own alpha
+        fastmmoe.enable(model, fastmmoe.FastMMoEConfig.preset(model, **SETTINGS[setting]))
     try:
         for number, question in asked():
             inputs = build_inputs(model, processor, [images[number]], question)
