@@ -23,7 +23,7 @@ def main(model: str, picture: str, question: str, settings: dict | None = None, 
         }
     ]
     (output,) = engine.chat(messages, SamplingParams(temperature=0.0, max_tokens=64))
-    return output.outputs[0].text
+    return output.outputs[0].text.strip()
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def test_a_table_of_the_paper(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = {run["name"]: run for run in json.loads(done.stdout)["runs"]}
-    assert len(runs) == 17 and all(run["n"] == {DATASET: 4} for run in runs.values())
+    assert len(runs) == 17 and all(run["costs"]["answered"] == 4 for run in runs.values())
     types = {"dense": None, "fewer experts only": "FastMMoEConfig", "FastV, 0.5": "FastVConfig",
              "SparseVLM, 0.25": "SparseVLMConfig", "random, 0.75": "RandomConfig"}  # fmt: skip
     assert {name: runs[name]["config"] and runs[name]["config"]["type"] for name in types} == types
