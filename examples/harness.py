@@ -8,9 +8,9 @@ import sys
 from lmms_eval.evaluator import simple_evaluate
 
 
-def main(model: str, task: str, **options) -> dict[str, dict]:
+def main(model: str, task: str, reduced: str = "retention=0.5", **options) -> dict[str, dict]:
     found = {}
-    for name, settings in {"dense": "method=dense", "reduced": "retention=0.5"}.items():
+    for name, settings in {"dense": "method=dense", "reduced": reduced}.items():
         result = simple_evaluate("fastmmoe", f"pretrained={model},{settings}", tasks=[task], batch_size=8, **options)
         found[name] = result["results"][task]
     return found

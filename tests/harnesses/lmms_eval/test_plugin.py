@@ -211,5 +211,5 @@ def test_the_example(tasks):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     options = dict(limit=8, device="cpu", task_manager=TaskManager(include_path=str(tasks), include_defaults=False))
-    found = example.main(f"{CHECKPOINT},prune_layers=[1,2,3]", TASK, **options)
+    found = example.main(str(CHECKPOINT), TASK, "retention=0.5,prune_layers=[1,2,3]", **options)
     assert set(found) == {"dense", "reduced"} and found["dense"]["mmmu_acc,none"] > 0.7
