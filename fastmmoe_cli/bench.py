@@ -45,7 +45,8 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time a prefill of 1,792 vision tokens on this CPU, with FastMMoE off and on: a random model, no download."""
-    need("demo", "PIL", *(("matplotlib",) if output else ()), *(() if images else ("skimage",)))
+    drawing, page = ("matplotlib",) if output or report else (), ("jinja2",) if report else ()
+    need("demo", "PIL", *drawing, *page, *(() if images else ("skimage",)))
     if output:
         check_output(output)
     if report:

@@ -171,7 +171,10 @@ def evaluate(
                 f"retention {share:g}": preset_for(shape, **settings, retention=share)
                 for share in retention or []
             }
-        configs |= {path.stem: read_config_option(path) for path in config or []}
+        for path in config or []:
+            if path.stem in configs:
+                raise ValueError(f"--config {path}: a run is called {path.stem!r} already, expected another name")
+            configs[path.stem] = read_config_option(path)
         if any(os.environ.get(name, "").strip() for name in ENVIRONMENT):
             top_k = architecture_of(shape).num_experts_per_tok
             configs[ENVIRONMENT_RUN] = FastMMoEConfig.from_env(num_experts_per_tok=top_k)
@@ -183,8 +186,8 @@ def evaluate(
             from fastmmoe.harnesses.vlmevalkit.evaluate import runs_of
 
             runs = runs_of(names, python, judge, limit, checkpoint, str(place), kind, out / ANSWERS)
-        for config in configs.values():  # what does not fit is refused in front of the first question
-            runs.check(config)
+        for one in configs.values():  # what does not fit is refused in front of the first question
+            runs.check(one)
         asked = {"harness": harness, "model": Path(checkpoint).name, "limit": limit, "dtype": kind} | runs.about
         asked |= {} if table is None else {"table": table}
         out.mkdir(parents=True, exist_ok=True)
@@ -195,14 +198,14 @@ def evaluate(
         file = PartFile(out, PART, header(asked | {"settings": settings}, NOTES), resume)
         there = {run["name"]: run["config"] for run in file.rows}
         described = {
-            name: config and {"type": type(config).__name__, **config.to_dict()} for name, config in configs.items()
+            name: one and {"type": type(one).__name__, **one.to_dict()} for name, one in configs.items()
         }
         for name, settings_there in there.items():
             if name in described and described[name] != settings_there:
                 raise ValueError(f"--out {out}: its run {name!r} has other settings, expected the same or --overwrite")
-        for name, config in configs.items():
+        for name, one in configs.items():
             if name not in there:
-                file.add({"name": name, "config": described[name], **runs.run(config)})
+                file.add({"name": name, "config": described[name], **runs.run(one)})
                 (out / f"{PART}.md").write_text(as_markdown(file.rows) + "\n", encoding="utf-8")
     if json:
         print_json({"out": str(out), "runs": file.rows})

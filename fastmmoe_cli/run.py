@@ -67,7 +67,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Ask a checkpoint about pictures or videos, FastMMoE off and on: compare answers, FLOPs and prefill times."""
-    need("demo", "PIL", *(("matplotlib",) if output else ()))
+    need("demo", "PIL", *(("matplotlib",) if output or report else ()), *(("jinja2",) if report else ()))
     if output:
         check_output(output)
     if report:

@@ -229,6 +229,7 @@ __all__ = [
     "find_preset",
     "find_text_model",
     "plain_name",
+    "register",
     "text_config_of",
     "text_models",
 ]

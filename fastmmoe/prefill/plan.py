@@ -12,7 +12,7 @@ from fastmmoe.methods.method import Pruning
 from fastmmoe.prefill.patch import innermost
 from fastmmoe.prefill.place import Place
 from fastmmoe.prefill.sequence import Segment
-from fastmmoe.prefill.sharding import is_gathered_alone, work_group
+from fastmmoe.prefill.sharding import holds_fsdp_unit, work_group
 from fastmmoe_kernels.backend import resolve_backend
 
 
@@ -88,7 +88,7 @@ class Plan:
                     f"model: layer {number}'s gate ({type(gate).__name__}) is not {family.title}'s "
                     f"({family.gate_class}): {error}; another version of transformers may have that one"
                 ) from None
-            if number in config.prune_layers and not config.prunes_behind_layer and is_gathered_alone(gate):
+            if number in config.prune_layers and not config.prunes_behind_layer and holds_fsdp_unit(gate):
                 # asked once more where tokens are pruned: a process without pictures would not take part
                 raise ValueError(
                     f"prune_layers: layer {number}'s gate cannot be asked: FSDP gathers its weights for it alone; "

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 WORK = ("tp", "ep")
 
 
-def is_gathered_alone(module: nn.Module) -> bool:
-    """Whether FSDP makes its weights whole for its own calls alone, in which all processes take part."""
+def holds_fsdp_unit(module: nn.Module) -> bool:
+    """Whether FSDP makes weights in it whole, for calls of theirs in which all processes take part."""
     return any(isinstance(inside, FSDPModule) for inside in module.modules())
 
 
@@ -25,7 +25,7 @@ def work_group(layer: nn.Module, part: nn.Module, name: str) -> ProcessGroup | N
     Raises:
         ValueError: weights split along a mesh dimension that does not say what for.
     """
-    is_gathered = is_gathered_alone(layer)
+    is_gathered = holds_fsdp_unit(layer)
     for weight in part.parameters():
         if not isinstance(weight, DTensor):
             continue

@@ -86,3 +86,12 @@ def test_a_table_says_what_is_run(tmp_path):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2 and "--table: says what is run" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_settings_takes_no_other_runs_name(tmp_path):
+    path = tmp_path / "dense.json"
+    path.write_text('{"vision_top_k": 2}')
+    words = ["eval", "--harness", "vlmevalkit", "--data", "x", "--config", str(path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "a run is called 'dense' already" in result.output.replace("\n", " ")
+    assert not (tmp_path / "out").exists()

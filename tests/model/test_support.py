@@ -6,7 +6,7 @@ import pytest
 
 import fastmmoe
 from fastmmoe import FastMMoEConfig
-from fastmmoe.families import FAMILIES, find_text_model, text_config_of
+from fastmmoe.families import FAMILIES, find_text_model, register, text_config_of
 from fastmmoe.prefill.expert_form import expert_form
 from fastmmoe.support import table
 
@@ -54,3 +54,13 @@ def test_a_row_tells_what_its_model_does(name):
 def test_a_refused_family_says_why(family):
     row = ROWS[family.name]
     assert not row.experts and not row.preset_layers and row.experts_note == row.pruning_note == family.obstacle
+
+
+@pytest.mark.parametrize(
+    "family, error, says", [("internvl", TypeError, "expected a Family, got str"), (FAMILIES[0], ValueError, "already")]
+)
+def test_what_cannot_be_registered(family, error, says):
+    before = fastmmoe.families()
+    with pytest.raises(error, match=says):
+        register(family)
+    assert fastmmoe.families() == before
