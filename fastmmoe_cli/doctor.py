@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import groupby
+from typing import Annotated
 
+import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe_cli.console import console, print_json
-from fastmmoe_cli.options import Json
+from fastmmoe_cli.console import console, print_json, refusing
+from fastmmoe_cli.options import Json, check_model
 
 EXAMPLE = "Example: fastmmoe doctor --json"
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint directory or hub id, to say which flash attention it would take here."),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Tell what this machine offers to FastMMoE, what is missing, and how to get it."""
+    if model is not None:
+        check_model(model, option="--model ")
+    from fastmmoe.families.checkpoint import read_config
     from fastmmoe_cli.machine import examine
 
-    findings = examine()
+    with refusing(OSError, ValueError, ImportError, before="--model: "):
+        findings = examine(None if model is None else read_config(model))
     if json:
         print_json({"findings": [asdict(finding) for finding in findings]})
         return

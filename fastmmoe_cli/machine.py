@@ -7,11 +7,13 @@ import platform
 from dataclasses import dataclass
 
 import torch
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_flex_attn_available
+from transformers import PreTrainedConfig
+from transformers.utils import is_torch_flex_attn_available
 
 import fastmmoe
 from fastmmoe.versions import TESTED, installed, is_tested, tested_range
 from fastmmoe_cli.extras import EXTRAS, missing_of
+from fastmmoe_cli.flash import offered, taken
 from fastmmoe_cli.videos import DECODER
 from fastmmoe_kernels.backend import resolve_backend
 
@@ -35,9 +37,9 @@ class Finding:
     advice: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at this machine; touches no device beyond asking what it is."""
-    return [*_software(), *_device(), *_attention(), _backend(), *_extras(), *_models()]
+def examine(config: PreTrainedConfig | None = None) -> list[Finding]:
+    """Look at this machine, and at what a model with this config would take; asks a device no more than what it is."""
+    return [*_software(), *_device(), *_attention(config), _backend(), *_extras(), *_models()]
 
 
 def _software() -> list[Finding]:
@@ -88,19 +90,23 @@ def _device() -> list[Finding]:
     return findings
 
 
-def _attention() -> list[Finding]:
-    flash = [n for n, there in (("2", is_flash_attn_2_available()), ("3", is_flash_attn_3_available())) if there]
-    return [
-        Finding("attention", "sdpa", "available"),
+def _attention(config: PreTrainedConfig | None) -> list[Finding]:
+    has_gpu = torch.cuda.is_available()
+    flash = offered(torch.cuda.get_device_capability()[0] if has_gpu else None)
+    how = "pip install --no-build-isolation 'fastmmoe[flash-attn]', or pip install 'transformers[kernels]'"
+    advice = "" if flash else f"optional: {how}" if has_gpu else "optional, needs a GPU"
+    findings = [
+        Finding("attention", "sdpa", "available, and what a model takes unless told otherwise"),
         Finding("attention", "eager", "available"),
-        Finding(
-            "attention",
-            "flash-attn",
-            f"available (version {', '.join(flash)})" if flash else "not available",
-            advice="" if flash else "optional, needs a GPU: pip install flash-attn --no-build-isolation",
-        ),
+        *(Finding("attention", name, found) for name, found in flash.items()),
+        *([] if flash else [Finding("attention", "flash attention", "not available", advice=advice)]),
         Finding("attention", "flex", "available" if is_torch_flex_attn_available() else "not available"),
     ]
+    if config is not None:
+        takes = ", ".join(f"{name} ({found})" for name, found in taken(config, flash).items())
+        advice = "choose it by from_pretrained(..., attn_implementation=...)" if takes else ""
+        findings.append(Finding("attention", config.model_type, takes or "no flash attention", advice=advice))
+    return findings
 
 
 def _backend() -> Finding:

@@ -1,4 +1,7 @@
-"""Read a checkpoint's config and weights, and refuse what is broken or does not fit together."""
+"""Read a checkpoint's config and weights, and refuse what is broken or does not fit together.
+
+No file of a checkpoint is run: no code that comes with it, and no pickle.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from fastmmoe.families import FAMILIES
 
 SHOWN = 3  # names of weights in a message
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def register_ports() -> None:
@@ -29,6 +33,11 @@ def reading(checkpoint: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{checkpoint}: brings code of its own, which is not run, expected a model that transformers has; "
+                "to trust it, load it yourself and call fastmmoe.enable"
+            ) from error
         if checkpoint in str(error):
             raise
         kind = next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))
@@ -43,11 +52,11 @@ def read_config(checkpoint: str) -> PreTrainedConfig:
 
     Raises:
         OSError: there is no such checkpoint.
-        ValueError: a config that is none, or of a model that is not known.
+        ValueError: a config that is none, or of a model that is not known or brings its own code.
     """
     register_ports()
     with reading(checkpoint):
-        return AutoConfig.from_pretrained(checkpoint)
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
 
 
 def load_model(
@@ -56,15 +65,18 @@ def load_model(
     """The model of a checkpoint, a directory or a hub id, in evaluation mode; all of its weights come from there.
 
     Raises:
-        OSError: no such checkpoint, no weights in it, or a file of weights that is not whole.
+        OSError: no such checkpoint, no safetensors in it, or a file of weights that is not whole.
         ValueError: weights of other shapes than the config's, missing or left-over ones; a model that is not known.
     """
     register_ports()
+    _check_weights(Path(checkpoint))
     with reading(checkpoint):
         try:
             model, found = AutoModelForImageTextToText.from_pretrained(
                 checkpoint,
                 dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
             )
@@ -77,6 +89,16 @@ def load_model(
         if wrong:
             raise ValueError(f"{checkpoint}: the weights are not those of its config: {', '.join(wrong)}")
         return model.to(device).eval()
+
+
+def _check_weights(directory: Path) -> None:
+    """Check that the weights in a directory, if it is one, are not pickled: reading those may run what is in them."""
+    pickled = sorted(file.name for kind in PICKLED for file in directory.glob(kind))
+    if pickled and not any(directory.glob("*.safetensors")):
+        raise OSError(
+            f"{directory}: its weights are pickled ({pickled[0]}), expected safetensors; to trust them, load the model "
+            "with transformers and write it with save_pretrained"
+        )
 
 
 def _some(names: set[str] | list[str]) -> str:

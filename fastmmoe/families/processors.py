@@ -39,10 +39,10 @@ def _load(checkpoint: str, config: Any) -> Any:
     if family is not None and family.load_processor is not None:
         return family.load_processor(checkpoint)
     if is_torchvision_available():
-        return AutoProcessor.from_pretrained(checkpoint)
+        return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
     processor_class = images_only(_processor_class(checkpoint, config))
     try:
-        return processor_class.from_pretrained(checkpoint)
+        return processor_class.from_pretrained(checkpoint, trust_remote_code=False)
     except (ImportError, OSError, ValueError) as error:
         if "torchvision" not in str(error).lower():
             raise

@@ -39,7 +39,7 @@ def load_internvl_processor(checkpoint: str) -> Any:
     """The processor without its video part, the only one that needs torchvision."""
     from fastmmoe.families.internvl_processor import InternVLProcessor
 
-    return InternVLProcessor.from_pretrained(checkpoint)
+    return InternVLProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
 
 def internvl_tilings(config: Any, processor: Any, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Tiling]:

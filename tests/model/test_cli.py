@@ -26,8 +26,8 @@ from .tiny_deepseek import tiny_deepseek_vl2
 ONE_TILE = (448, 448)
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def invoke(*arguments, typed=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed)
 
 
 def succeed(*arguments):

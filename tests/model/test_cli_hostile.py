@@ -261,11 +261,17 @@ def shard(checkpoint):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def pickle_weights(checkpoint):
+    torch.save(load_file(checkpoint / WEIGHTS), checkpoint / "pytorch_model.bin")
+    (checkpoint / WEIGHTS).unlink()
+
+
 WEIGHTS = "model.safetensors"
 CHECKPOINTS = {
     "cut": (lambda c: cut(c / WEIGHTS), "model.safetensors: not a whole file of weights"),
     "no bytes": (lambda c: cut(c / WEIGHTS, 0), "model.safetensors: not a whole file of weights"),
     "no weights": (lambda c: (c / WEIGHTS).unlink(), "no file named model.safetensors"),
+    "pickled": (pickle_weights, "its weights are pickled (pytorch_model.bin)"),
     "no shard": (shard, "model-00002-of-00002.safetensors"),
     "missing": (
         lambda c: edit_weights(c, lambda found: {name: w for name, w in found.items() if "layers.3." not in name}),
@@ -298,6 +304,26 @@ def test_broken_checkpoints(checkpoint, pictures, tmp_path, case):
     options = ["--image", pictures / "whole.png", "--prompt", "Hi", "--output", output]
     said = refused(*run_on(broken, *options))
     assert says in said and "--model" in said and not output.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_nothing_that_a_checkpoint_brings_is_run(checkpoint, pictures, tmp_path, file):
+    """Even for a user who would answer yes: nobody is asked."""
+    brings, marker = copy(checkpoint, tmp_path), tmp_path / "was run"
+    (brings / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own:\n    pass\n")
+    path = brings / file
+    values = json.loads(path.read_text()) if path.exists() else {}
+    classes = ("AutoConfig", "AutoProcessor", "AutoImageProcessor", "AutoModelForImageTextToText")
+    values["auto_map"] = dict.fromkeys(classes, "code.Own") | {"AutoTokenizer": ["code.Own", "code.Own"]}
+    values |= {name: "Own" for name in ("processor_class", "tokenizer_class", "image_processor_type") if name in values}
+    if file == "config.json":
+        values["model_type"] = "own"
+    path.write_text(json.dumps(values))
+    options = ["--image", pictures / "whole.png", "--prompt", "Hi", "--max-new-tokens", 1]
+    done = invoke(*run_on(brings, *options), typed="y\n" * 10)
+    assert not marker.exists()
+    assert done.exit_code == 0 or "brings code of its own, which is not run" in done.stderr
+    assert done.exit_code or file == "tokenizer_config.json"  # whose class is known by the model's
 
 
 @pytest.mark.parametrize("values", [{"hidden_size": "big"}, {"hidden_size": -4}, {"num_hidden_layers": 0}], ids=str)

@@ -453,7 +453,7 @@ class Machine(RuleBasedStateMachine):
     def hold(self, name, module, before):
         """The worker stops in the middle of a use, within its block, until it is asked for something else."""
         paused, state = [], self.in_force("worker")
-        if name == "fixed layout" and state.config is None:
+        if name == "fixed layout" and state.config is None or self.offloaded and self._is_amid_weights(module):
             return
 
         def pause(*_):
@@ -479,6 +479,13 @@ class Machine(RuleBasedStateMachine):
     def let_go(self) -> None:
         if self.held is not None:
             self.held()
+
+    def _is_amid_weights(self, module: int) -> bool:
+        """In the midst of a module with weights of its own: accelerate takes them off after another thread's use."""
+        names = [name for name, _ in self.model.named_modules()]
+        parts = names[module % len(names)].split(".")
+        around = (self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+        return any(next(owner.parameters(recurse=False), None) is not None for owner in around)
 
     def _hook(self, module: int, before: bool, hook: Callable) -> Any:
         places = list(self.model.modules())
