@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from fastmmoe_kernels.layout import prune_plan
 
@@ -74,7 +74,7 @@ class ReductionConfig:
             return None
         return ExpertChoice(self.vision_top_k)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for own in dataclasses.fields(self):
             check = own.metadata.get("check") or CHECKS[own.name]
             object.__setattr__(self, own.name, check(own.name, getattr(self, own.name)))
@@ -112,7 +112,7 @@ class ReductionConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ReductionConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a config from `to_dict`'s dict; missing fields take their defaults, unknown ones are refused."""
         known = [own.name for own in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
@@ -128,9 +128,9 @@ class StagedConfig(ReductionConfig):
         steepness: each stage's keep ratio as a share of the one before.
     """
 
-    steepness = 1.0
+    steepness: ClassVar[float] = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep_ratios is not None:
             if self.steepness != 1.0:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -99,7 +100,7 @@ class PrefillReport:
             most += n_text * top_k + (sum(self.tokens_per_layer[layer]) - n_text) * choice.vision_top_k
         return 1.0 - ran / most if most else 0.0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict, without `fate`."""
         stages = [{k: v for k, v in asdict(stage).items() if k != "fate"} for stage in self.stages]
         return {

@@ -34,7 +34,7 @@ class Ceilings:
     dtype: str
     source: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("name", "dtype", "source"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field}: expected words, got {getattr(self, field)!r}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def build_inputs(
     model: PreTrainedModel, processor: Any, images: Sequence[Image], prompt: str, videos: Sequence[Video] = ()
-) -> dict:
+) -> dict[str, Any]:
     """The model's inputs for one user turn, through the processor's chat template: images, videos, then the prompt.
 
     Raises:

@@ -38,7 +38,7 @@ class MoDESConfig(FastMMoEConfig):
     vision_importance: tuple[float, ...] = checked((), tuple_of(number_from(0.0)))
     special_tokens: tuple[int, ...] = checked((), tuple_of(int_from(0)))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for modality in ("text", "vision"):
             threshold, importance = self._of(modality)

@@ -46,7 +46,7 @@ class SparseVLMConfig(BaselineConfig):
 
     prunes_behind_layer = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers:
             raise ValueError("layers=(): it would silently do nothing; expected the layers to prune behind")

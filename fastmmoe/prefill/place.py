@@ -55,7 +55,7 @@ class Place:
     skips: bool = field(init=False, repr=False)
     _skip_below: torch.Tensor | None = field(default=None, init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # asked for in place of the numbers, of which torch.compile makes a graph each
         self.skips = self.choice is not None and self.choice.skip_below is not None
 
