@@ -29,6 +29,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
+from typing import Any
 
 import fastmmoe_kernels
 from fastmmoe_kernels.backend import TRITON_INSTALLED
@@ -116,7 +117,7 @@ def compile_variant(variant: KernelVariant, target: str) -> MachineCode:
     return _read_amd(compiled.asm, shared) if is_amd else _read_nvidia(compiled.asm, shared, variant.is_gemm)
 
 
-def divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list]:
+def divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list[Any]]:
     """The hints of `ASTSource`: what Triton would find out from the arguments of a launch."""
     attributes = {}
     for param in variant.kernel.params:
@@ -127,7 +128,7 @@ def divisible_by_16(variant: KernelVariant) -> dict[tuple[int], list]:
     return attributes
 
 
-def _read_nvidia(asm: dict, shared: int, is_gemm: bool) -> MachineCode:
+def _read_nvidia(asm: dict[str, Any], shared: int, is_gemm: bool) -> MachineCode:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -144,7 +145,7 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _read_amd(asm: dict, shared: int) -> MachineCode:
+def _read_amd(asm: dict[str, Any], shared: int) -> MachineCode:
     names = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
     field = {name: int(value) for name, value in re.findall(rf"\.({names}):\s*(\d+)", asm["amdgcn"])}
     # scalar registers spill to lanes of vector registers; when those run out, to the private segment
@@ -172,7 +173,7 @@ def _list_jobs(targets: list[str], kernels: str) -> list[tuple[int, str]]:
     ]
 
 
-def _run_job(index: int, target: str) -> dict:
+def _run_job(index: int, target: str) -> dict[str, Any]:
     """One line of the report."""
     warnings.filterwarnings("ignore", module="triton")
     variant = shipped_variants()[index]
@@ -192,7 +193,7 @@ def _run_job(index: int, target: str) -> dict:
     return record | asdict(code) | {"problems": find_problems(variant, target, code)}
 
 
-def compile_all(targets: list[str], kernels: str = "") -> list[dict]:
+def compile_all(targets: list[str], kernels: str = "") -> list[dict[str, Any]]:
     """Compile the variants of kernels whose name contains `kernels`, in two processes; one record per line."""
     # a kernel imported under the interpreter cannot be compiled: only the workers import them, and without it
     os.environ.pop("TRITON_INTERPRET", None)
@@ -210,20 +211,20 @@ def compile_all(targets: list[str], kernels: str = "") -> list[dict]:
     return [records[job] for job in jobs]
 
 
-def configuration_name(record: dict) -> str:
+def configuration_name(record: dict[str, Any]) -> str:
     """As the baseline has it: everything that a configuration was compiled from."""
     config = (f"{name}={value}" for name, value in record["config"].items())
     return " ".join([record["kernel"], record["target"], ",".join(record["types"].values()), *config])
 
 
-def _figures(record: dict) -> dict[str, float]:
+def _figures(record: dict[str, Any]) -> dict[str, float]:
     """What the baseline has of a GEMM; what is None or 0 is left out."""
     both = record | (record["loop"] or {})
     return {name: both[name] for name in FIGURES if both.get(name)}
 
 
 def compare_all(
-    records: list[dict], baseline: dict[str, dict[str, float]], targets: list[str], kernels: str
+    records: list[dict[str, Any]], baseline: dict[str, dict[str, float]], targets: list[str], kernels: str
 ) -> tuple[list[str], list[str]]:
     """Add to the records' problems what is worse than the baseline; improvements, and what is no longer shipped."""
     improvements, names = [], {configuration_name(record) for record in records}
@@ -240,7 +241,7 @@ def compare_all(
 
 
 def accept(
-    records: list[dict], baseline: dict[str, dict[str, float]], targets: list[str], kernels: str
+    records: list[dict[str, Any]], baseline: dict[str, dict[str, float]], targets: list[str], kernels: str
 ) -> dict[str, dict[str, float]]:
     """The baseline with the records' figures; what was not asked for, or does not compile, keeps its own."""
     gemms = {configuration_name(record): record for record in records if record["is_gemm"]}
@@ -255,7 +256,7 @@ def _not_asked_for(baseline: dict[str, dict[str, float]], targets: list[str], ke
     return [name for name, kernel, target in asked if kernels not in kernel or target not in targets]
 
 
-def _print_table(records: list[dict]) -> None:
+def _print_table(records: list[dict[str, Any]]) -> None:
     print(
         f"{'kernel':<26} {'target':<7} {'registers':>9} {'spill':>6} {'shared':>7} {'wgmma':>5} {'in flight':>9} "
         f"{'instr/step':>10}  config"

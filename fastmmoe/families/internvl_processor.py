@@ -1,5 +1,7 @@
 """InternVL's processor on a machine without torchvision."""
 
+from typing import Any
+
 import transformers
 
 
@@ -11,5 +13,11 @@ class InternVLProcessor(transformers.InternVLProcessor):
     inherited code. The class keeps its name because a saved processor carries it.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None):
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 256,
+        chat_template: str | None = None,
+    ) -> None:
         super().__init__(image_processor, tokenizer, None, image_seq_length, chat_template)

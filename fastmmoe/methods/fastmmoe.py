@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -123,7 +123,7 @@ class FastMMoEConfig(StagedConfig):
         return FastMMoEPruning(self)
 
     @classmethod
-    def preset(cls, model_or_name: Any, retention: float = 1.0, **overrides: Any) -> "FastMMoEConfig":
+    def preset(cls, model_or_name: Any, retention: float = 1.0, **overrides: Any) -> Self:
         """The official scripts' settings for a model family, K_v = K / 2 experts per vision token included.
 
         Args:
@@ -165,7 +165,7 @@ class FastMMoEConfig(StagedConfig):
     @classmethod
     def from_env(
         cls, environ: Mapping[str, str] = os.environ, *, num_experts_per_tok: int | None = None
-    ) -> "FastMMoEConfig":
+    ) -> Self:
         """Read the variables of the official scripts; unset or empty ones leave the defaults.
 
         `KEEP_TOKEN_RATIO` is the overall retention when it is one number, and the stages' keep ratios when it is a

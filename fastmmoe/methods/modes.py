@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastmmoe.config import ExpertChoice, checked, int_from, number_from, tuple_of
 from fastmmoe.methods.entry import Entry, Place
@@ -80,7 +80,7 @@ class MoDESConfig(FastMMoEConfig):
         super().check_model(num_hidden_layers, num_experts_per_tok)
 
     @classmethod
-    def from_file(cls, path: str | Path, **overrides: Any) -> "MoDESConfig":
+    def from_file(cls, path: str | Path, **overrides: Any) -> Self:
         """Read what `fastmmoe calibrate` wrote. Whether it was for the model that it is enabled on is not checked.
 
         Args:

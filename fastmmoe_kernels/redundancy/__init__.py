@@ -83,6 +83,6 @@ def _fake(probs, importance, run_rank, window, alpha, strategy):
     )
 
 
-window_scores = register(
+window_scores: torch._ops.OpOverload = register(
     "window_scores", window_scores_reference, "fastmmoe_kernels.redundancy.kernel:window_scores_triton", _fake
 )
