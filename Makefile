@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 STAMP := $(VENV)/.installed
 
 .PHONY: help venv demo test test-oldest test-newest test-versions test-vllm test-lmms vlmevalkit test-vlmevalkit test-transformers fuzz nightly docs lint aot \
-	wheel bench reference clean
+	dist bench reference clean
 
 help:
 	@echo "make demo       a small trained model answers questions, FastMMoE off and on; draws what was kept"
@@ -24,7 +24,7 @@ help:
 	@echo "make docs       the documentation, as a site in build/site"
 	@echo "make lint       ruff"
 	@echo "make aot        compile every kernel for every GPU target, without a GPU; compare with the baseline"
-	@echo "make wheel      build dist/fastmmoe-*.whl"
+	@echo "make dist       build the sdist, and from it the wheel, in dist; twine checks them"
 	@echo "make bench      benchmark the prefill"
 	@echo "make reference  compile the C++ reference"
 	@echo "make venv       only install"
@@ -181,10 +181,11 @@ lint: $(STAMP)
 aot: $(STAMP)
 	env -u TRITON_INTERPRET $(BIN)/python -m fastmmoe_kernels.aot
 
-# setuptools would pack files of an earlier build that the sources no longer have
-wheel: $(STAMP)
+# setuptools would pack files of an earlier build that the sources no longer have; the wheel is made from the sdist
+dist: $(STAMP)
 	rm -rf build/lib build/bdist.* dist
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m build --no-isolation . > /dev/null
+	$(BIN)/twine check --strict dist/*
 
 bench: $(STAMP)
 	$(BIN)/python bench/bench_prefill.py
