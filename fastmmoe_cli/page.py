@@ -72,6 +72,7 @@ language model's.
   {% for row in stages %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
   {% endfor %}
 </table>
+<p class="note">Merged: tokens made of several, of which the others count as dropped.</p>
 {% endif %}
 <h2>Settings</h2>
 <table class="text">
