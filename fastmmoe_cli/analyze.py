@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from fastmmoe_cli.console import console, fail, print_json, reason, refusing
+from fastmmoe_cli.console import console, fail, importing, print_json, reason, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, read_device
 from fastmmoe_cli.outputs import ask_to_overwrite, check_writable, writing
@@ -61,7 +61,8 @@ def analyze(
 ) -> None:
     """Study what the reductions cost in right answers: methods, layers, ablations, FLOPs and times, with plots."""
     need("study", "PIL", "matplotlib", "tqdm", *(() if data else ("sklearn", "skimage")))
-    from fastmmoe.study import plots, study, tables
+    with importing():
+        from fastmmoe.study import plots, study, tables
 
     settings = study.Settings(
         model=model, data=data, dev_data=dev_data, split=split, n=n, dev_n=dev_n, seed=seed, threads=threads,

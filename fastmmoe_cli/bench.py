@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastmmoe_cli.console import console, progress, refusing
+from fastmmoe_cli.console import console, importing, progress, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import (
     IMAGES,
@@ -53,11 +53,12 @@ def bench(
         check_page(report)
     check_images(images or [])
     check_config(config, {"retention": retention})
-    from fastmmoe import FastMMoEConfig
-    from fastmmoe.families import FAMILIES
-    from fastmmoe.families.chat import check_question, placeholders_of
-    from fastmmoe_cli.ask import ask, show
-    from fastmmoe_cli.threads import one_thread
+    with importing():
+        from fastmmoe import FastMMoEConfig
+        from fastmmoe.families import FAMILIES
+        from fastmmoe.families.chat import check_question, placeholders_of
+        from fastmmoe_cli.ask import ask, show
+        from fastmmoe_cli.threads import one_thread
 
     # of the first family that has a small one
     small = importlib.import_module(next(family.random_model for family in FAMILIES if family.random_model))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from fastmmoe_cli.console import console, fail, print_json, reason, refusing
+from fastmmoe_cli.console import console, fail, importing, print_json, reason, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import Device, Dtype, Json, check_model, read_device
 from fastmmoe_cli.outputs import ask_to_overwrite, check_writable
@@ -42,12 +42,13 @@ def calibrate(
         fail(f"--target {target}: expected a share of the experts between 0 and 1")
     place = read_device(device)
     _check_out(out, resume, overwrite)
-    from fastmmoe.calibration.calibrate import calibrate as run
-    from fastmmoe.families.chat import check_question, placeholders_of
-    from fastmmoe.families.checkpoint import load_model, read_config
-    from fastmmoe.families.processors import load_processor
-    from fastmmoe.scenes import CHECKPOINT
-    from fastmmoe.study.questions import read_questions, scene_questions
+    with importing():
+        from fastmmoe.calibration.calibrate import calibrate as run
+        from fastmmoe.families.chat import check_question, placeholders_of
+        from fastmmoe.families.checkpoint import load_model, read_config
+        from fastmmoe.families.processors import load_processor
+        from fastmmoe.scenes import CHECKPOINT
+        from fastmmoe.study.questions import read_questions, scene_questions
 
     checkpoint = model or str(CHECKPOINT)
     with refusing(OSError, ValueError, TypeError, ImportError):

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 import typer
@@ -54,6 +54,13 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[s
         # from -1: naming the first step has completed none
         task = bar.add_task(description, total=total, completed=-1 if total else 0)
         yield lambda step: bar.update(task, description=step, advance=1)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """What is imported within takes seconds, the first time."""
+    with nullcontext() if "transformers" in sys.modules else progress("importing torch and transformers"):
+        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe_cli.console import console, print_json, progress, refusing
+from fastmmoe_cli.console import console, importing, print_json, progress, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import Json, Retention, open_images
 from fastmmoe_cli.outputs import check_output, writing
@@ -30,13 +30,14 @@ def demo(
 ) -> None:
     """Ask a small trained MoE-MLLM about a picture, with FastMMoE off and on: no GPU, no download."""
     need("demo", "PIL", "matplotlib")
-    from fastmmoe.families.chat import build_inputs, check_question, placeholders_of
-    from fastmmoe.families.processors import tilings
-    from fastmmoe.scenes import exact_match
-    from fastmmoe.scenes.demo import demo_config, demo_example, demo_model
-    from fastmmoe_cli.compare import compare
-    from fastmmoe_cli.picture import draw_fate
-    from fastmmoe_cli.threads import one_thread
+    with importing():
+        from fastmmoe.families.chat import build_inputs, check_question, placeholders_of
+        from fastmmoe.families.processors import tilings
+        from fastmmoe.scenes import exact_match
+        from fastmmoe.scenes.demo import demo_config, demo_example, demo_model
+        from fastmmoe_cli.compare import compare
+        from fastmmoe_cli.picture import draw_fate
+        from fastmmoe_cli.threads import one_thread
 
     check_output(output)
     picture, known = demo_example()

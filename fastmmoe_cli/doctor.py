@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe_cli.console import console, print_json, refusing
+from fastmmoe_cli.console import console, importing, print_json, refusing
 from fastmmoe_cli.options import Json, check_model
 
 EXAMPLE = "Example: fastmmoe doctor --json"
@@ -26,8 +26,9 @@ def doctor(
     """Tell what this machine offers to FastMMoE, what is missing, and how to get it."""
     if model is not None:
         check_model(model, option="--model ")
-    from fastmmoe.families.checkpoint import read_config
-    from fastmmoe_cli.machine import examine
+    with importing():
+        from fastmmoe.families.checkpoint import read_config
+        from fastmmoe_cli.machine import examine
 
     with refusing(OSError, ValueError, ImportError, before="--model: "):
         findings = examine(None if model is None else read_config(model))

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from fastmmoe_cli.console import console, fail, print_json, refusing
+from fastmmoe_cli.console import console, fail, importing, print_json, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import (
     Device,
@@ -112,7 +112,8 @@ def evaluate(
     """
     shown = None
     if table is not None:
-        from fastmmoe.harnesses.paper import TABLES
+        with importing():
+            from fastmmoe.harnesses.paper import TABLES
 
         shown = TABLES[table]
     harness = harness or ("lmms-eval" if shown is None else shown.harness)
@@ -150,13 +151,14 @@ def evaluate(
     if settings and not retention:
         option = f"--{next(iter(settings)).replace('_', '-')}"
         fail(f"{option}: without effect on the dense model, expected a --retention with it, such as 1.0")
-    from fastmmoe.families import architecture_of
-    from fastmmoe.families.checkpoint import read_config
-    from fastmmoe.harnesses.comparison import as_markdown, columns
-    from fastmmoe.methods import FastMMoEConfig
-    from fastmmoe.methods.fastmmoe import ENVIRONMENT
-    from fastmmoe.scenes import CHECKPOINT
-    from fastmmoe.study.results import PartFile, header
+    with importing():
+        from fastmmoe.families import architecture_of
+        from fastmmoe.families.checkpoint import read_config
+        from fastmmoe.harnesses.comparison import as_markdown, columns
+        from fastmmoe.methods import FastMMoEConfig
+        from fastmmoe.methods.fastmmoe import ENVIRONMENT
+        from fastmmoe.scenes import CHECKPOINT
+        from fastmmoe.study.results import PartFile, header
 
     if any((out / name).exists() for name in (f"{PART}.json", ANSWERS)) and not (resume or overwrite):
         ask_to_overwrite(f"--out {out}: holds runs", "directory")

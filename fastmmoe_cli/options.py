@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fastmmoe_cli.console import fail, refusing
+from fastmmoe_cli.console import fail, importing, refusing
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,9 @@ def read_reduction(
         OSError, ValueError, TypeError: no config in that directory, or settings that are none.
     """
     layers = read_layers(prune_layers) or ()
-    from fastmmoe import FastMMoEConfig
-    from fastmmoe.families.checkpoint import read_config
+    with importing():
+        from fastmmoe import FastMMoEConfig
+        from fastmmoe.families.checkpoint import read_config
 
     config = FastMMoEConfig(
         vision_top_k=vision_top_k,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastmmoe_cli.console import fail, progress, refusing
+from fastmmoe_cli.console import fail, importing, progress, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import (
     IMAGES,
@@ -88,10 +88,11 @@ def run(
     }
     check_config(config, given | {"retention": retention})
     overrides = {name: value for name, value in given.items() if value is not None}
-    from fastmmoe.families.chat import check_question, placeholders_of
-    from fastmmoe.families.checkpoint import load_model, read_config
-    from fastmmoe.families.processors import check_videos_of, load_processor
-    from fastmmoe_cli.ask import ask, show
+    with importing():
+        from fastmmoe.families.chat import check_question, placeholders_of
+        from fastmmoe.families.checkpoint import load_model, read_config
+        from fastmmoe.families.processors import check_videos_of, load_processor
+        from fastmmoe_cli.ask import ask, show
 
     pictures, target = open_images(images or []), read_device(device)
     # before the weights are loaded, which may take minutes

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from fastmmoe_cli.console import console, fail, refusing
+from fastmmoe_cli.console import console, fail, importing, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import Retention, check_model, prune_layers_option, read_layers, vision_top_k_option
 
@@ -57,8 +57,9 @@ def serve(
         # it may be shortened, or go on with a dot and an entry
         if name.startswith("--additional") or name == "--model":
             fail(f"{name}: this command sets it, expected other options of `vllm serve` alone")
-    from fastmmoe import FastMMoEConfig
-    from fastmmoe.families.checkpoint import read_config
+    with importing():
+        from fastmmoe import FastMMoEConfig
+        from fastmmoe.families.checkpoint import read_config
 
     with refusing(OSError, ValueError, TypeError):
         # before vLLM starts, which takes minutes

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe_cli.console import console, print_json, refusing
+from fastmmoe_cli.console import console, importing, print_json, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import (
     Json,
@@ -62,10 +62,11 @@ def time(
     if output:
         need("demo", "matplotlib")
         check_output(output)
-    from fastmmoe.cost.devices import ceilings_of
-    from fastmmoe.cost.prefill_time import prefill_time
-    from fastmmoe.cost.sweep import BATCHES, outlook, sweep
-    from fastmmoe.cost.tokens import count_tokens
+    with importing():
+        from fastmmoe.cost.devices import ceilings_of
+        from fastmmoe.cost.prefill_time import prefill_time
+        from fastmmoe.cost.sweep import BATCHES, outlook, sweep
+        from fastmmoe.cost.tokens import count_tokens
 
     with refusing(OSError, ValueError, TypeError):
         sizes, config = read_reduction(model, vision_top_k, reduction_layer, prune_layers, retention)
