@@ -304,5 +304,5 @@ def test_the_loader_asks_torchvision_once(monkeypatch, checkpoint):
     """With torchvision the processor is transformers' own, videos and all."""
     seen = []
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", lambda path: seen.append(path) or "processor")
+    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", lambda path, **_: seen.append(path) or "processor")
     assert load_processor(str(checkpoint("qwen3_vl_moe"))) == "processor" and len(seen) == 1
