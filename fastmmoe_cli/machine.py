@@ -105,7 +105,8 @@ def _attention(config: PreTrainedConfig | None) -> list[Finding]:
     if config is not None:
         takes = ", ".join(f"{name} ({found})" for name, found in taken(config, flash).items())
         advice = "choose it by from_pretrained(..., attn_implementation=...)" if takes else ""
-        findings.append(Finding("attention", config.model_type, takes or "no flash attention", advice=advice))
+        none = "takes none of these" if flash else "takes no flash attention here: none is available"
+        findings.append(Finding("attention", config.model_type, takes or none, advice=advice))
     return findings
 
 
