@@ -12,6 +12,7 @@ EXTRAS = {
     "triton": ("triton",),
     "cli": ("typer", "rich"),
     "demo": ("PIL", "matplotlib", "skimage"),
+    "study": ("sklearn",),
     "vllm": ("vllm",),
     "lmms-eval": ("lmms_eval",),
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,9 @@ def test_every_public_type_is_known(site, package):
 
 
 def test_a_users_program(site):
-    program = site / "program.py"
-    program.write_text((Path(__file__).parent / "typed" / "program.py").read_text())
+    program, text = site / "program.py", (Path(__file__).parent / "typed" / "program.py").read_text()
+    assert [name for name in fastmmoe.__all__ if not re.search(rf"\b{name}\b", text)] == []
+    program.write_text(text)
     found = check(site, "--level", "error", str(program))
     said = [f"{row['range']['start']['line'] + 1}: {row['message']}" for row in found["generalDiagnostics"]]
     assert found["summary"]["filesAnalyzed"] == 1 and not said, "\n".join(said)

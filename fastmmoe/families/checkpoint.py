@@ -6,6 +6,7 @@ No file of a checkpoint is run: no code that comes with it, and no pickle.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from fastmmoe.families import FAMILIES
 
@@ -68,9 +70,9 @@ def load_model(
         OSError: no such checkpoint, no safetensors in it, or a file of weights that is not whole.
         ValueError: weights of other shapes than the config's, missing or left-over ones; a model that is not known.
     """
-    register_ports()
-    _check_weights(Path(checkpoint))
+    config = read_config(checkpoint)
     with reading(checkpoint):
+        _check_weights(checkpoint, config)
         try:
             model, found = AutoModelForImageTextToText.from_pretrained(
                 checkpoint,
@@ -91,13 +93,19 @@ def load_model(
         return model.to(device).eval()
 
 
-def _check_weights(directory: Path) -> None:
-    """Check that the weights in a directory, if it is one, are not pickled: reading those may run what is in them."""
-    pickled = sorted(file.name for kind in PICKLED for file in directory.glob(kind))
-    if pickled and not any(directory.glob("*.safetensors")):
+def _check_weights(checkpoint: str, config: PreTrainedConfig) -> None:
+    """Check that no weights are pickled, whoever names the files: reading those may run what is in them."""
+    name, directory = getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_INDEX_NAME, Path(checkpoint)
+    names = [name]
+    if name.endswith(".index.json"):
+        index = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+        names = json.loads(Path(index).read_bytes())["weight_map"].values() if index else []
+    if not names and not any(directory.glob("*.safetensors")):
+        names = [file.name for kind in PICKLED for file in directory.glob(kind)]
+    if pickled := sorted(file for file in names if not file.endswith(".safetensors")):
         raise OSError(
-            f"{directory}: its weights are pickled ({pickled[0]}), expected safetensors; to trust them, load the model "
-            "with transformers and write it with save_pretrained"
+            f"{checkpoint}: its weights are pickled ({pickled[0]}), expected safetensors; to trust them, load the "
+            "model with transformers and write it with save_pretrained"
         )
 
 

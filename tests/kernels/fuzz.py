@@ -190,9 +190,8 @@ def last_query_attention(draw):
 def moe_experts(draw):
     options, dtype = dict(draw.choice(experts.ACTIVATIONS)), draw.choice(DTYPES)
     num_tokens, num_experts, top_k = draw.choice([0, 1, 2, 17]), draw.choice([1, 3, 6]), draw.randint(0, 3)
-    # the sum of a few cancelling products is no matter for a 16-bit type, nor a few columns of which none is above 0
-    takes_few = dtype == torch.float32 and options.get("activation") != "relu2"
-    width, intermediate = draw.choice([8, 40, 97]), draw.choice([32, 70] + [5] * takes_few)
+    # the sum of a few cancelling products is no matter for a 16-bit type
+    width, intermediate = draw.choice([8, 40, 97]), draw.choice([32, 70] + [5] * (dtype == torch.float32))
     sizes = (num_tokens, num_experts, top_k, width, intermediate)
     case = experts.make_case(*sizes, dtype=dtype, seed=seed_of(draw), **options)
     which = draw.choice(["random"] * 4 + ["one", "none", "same"])
@@ -203,7 +202,9 @@ def moe_experts(draw):
     elif which == "same":
         case.ids[:] = case.ids[:, :1].clone()
     case.ids, case.weights = case.ids.to(draw.choice([torch.int32, torch.int64])), case.weights.to(draw.choice(DTYPES))
-    if options.get("activation") != "relu2":
+    if options.get("activation") == "relu2":
+        experts.lift(case)
+    else:
         case.options["interleaved"] = chance(draw, 30)
     for name, size in (("gate_up_bias", case.gate_up_proj.shape[1]), ("down_bias", width)):
         if chance(draw, 30):

@@ -284,14 +284,14 @@ def test_doctor_names_this_machine():
     findings = {f["name"]: f for f in json.loads(succeed("doctor", "--json"))["findings"]}
     assert findings["torch"]["found"] == torch.__version__
     assert findings["transformers"]["found"] == importlib.metadata.version("transformers")
-    assert findings["sdpa"]["found"].startswith("available")
+    assert findings["sdpa"]["found"] == "available, and what a model takes unless told otherwise"
     has_gpu = torch.cuda.is_available()
     assert findings["auto"]["found"].startswith("triton" if has_gpu else "torch")
     assert ("GPU 0" in findings) == has_gpu
     if not has_gpu:
         says = "check the driver" if torch.version.cuda or torch.version.hip else "install"
         assert not findings["GPU"]["ok"] and says in findings["GPU"]["advice"]
-    assert findings["cli"]["found"] == "installed"
+    assert findings["cli"]["found"] == findings["study"]["found"] == "installed"
     for name, module in (("torchvision", "torchvision"), ("PyAV", "av")):
         is_there = importlib.util.find_spec(module) is not None
         assert (findings[name]["found"] != "not installed") == is_there

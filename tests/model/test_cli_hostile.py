@@ -262,9 +262,20 @@ def shard(checkpoint):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def pickle_weights(checkpoint):
-    torch.save(load_file(checkpoint / WEIGHTS), checkpoint / "pytorch_model.bin")
-    (checkpoint / WEIGHTS).unlink()
+def pickle_weights(checkpoint, index=None):
+    """With an index that names them, or by the name they have without one."""
+    weights, name = load_file(checkpoint / WEIGHTS), "shard.bin" if index else "pytorch_model.bin"
+    torch.save(weights, checkpoint / name)
+    if index is None:
+        (checkpoint / WEIGHTS).unlink()
+        return
+    (checkpoint / WEIGHTS).rename(checkpoint / "other.safetensors")
+    (checkpoint / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
+
+
+def name_weights(checkpoint, name):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": name}))
 
 
 WEIGHTS = "model.safetensors"
@@ -273,6 +284,14 @@ CHECKPOINTS = {
     "no bytes": (lambda c: cut(c / WEIGHTS, 0), "model.safetensors: not a whole file of weights"),
     "no weights": (lambda c: (c / WEIGHTS).unlink(), "no file named model.safetensors"),
     "pickled": (pickle_weights, "its weights are pickled (pytorch_model.bin)"),
+    "pickled shards": (lambda c: pickle_weights(c, f"{WEIGHTS}.index.json"), "its weights are pickled (shard.bin)"),
+    "pickled shards of another index": (
+        lambda c: (pickle_weights(c, "a.safetensors.index.json"), name_weights(c, "a.safetensors.index.json")),
+        "its weights are pickled (shard.bin)",
+    ),
+    "pickled, named by the config": (
+        lambda c: name_weights(c, "adapter_model.bin"), "its weights are pickled (adapter_model.bin)"
+    ),
     "no shard": (shard, "model-00002-of-00002.safetensors"),
     "missing": (
         lambda c: edit_weights(c, lambda found: {name: w for name, w in found.items() if "layers.3." not in name}),

@@ -303,6 +303,11 @@ def test_what_the_processor_makes_no_vision_tokens_of_is_refused(loaded, name, m
 def test_the_loader_asks_torchvision_once(monkeypatch, checkpoint):
     """With torchvision the processor is transformers' own, videos and all."""
     seen = []
+
+    def load(path, *, trust_remote_code):
+        seen.append(trust_remote_code)
+        return "processor"
+
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", lambda path, **_: seen.append(path) or "processor")
-    assert load_processor(str(checkpoint("qwen3_vl_moe"))) == "processor" and len(seen) == 1
+    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", load)
+    assert load_processor(str(checkpoint("qwen3_vl_moe"))) == "processor" and seen == [False]
