@@ -113,7 +113,13 @@ class ReductionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a config from `to_dict`'s dict; missing fields take their defaults, unknown ones are refused."""
+        """Build a config from `to_dict`'s dict; missing fields take their defaults, unknown ones are refused.
+
+        Raises:
+            TypeError, ValueError: it is no dict, or what construction raises.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values: expected a dict of settings, got {values!r} ({type(values).__name__})")
         known = [own.name for own in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

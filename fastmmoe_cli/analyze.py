@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
-from fastmmoe_cli.console import console, fail, importing, print_json, reason, refusing
+from fastmmoe_cli.console import console, fail, importing, note, print_json, reason, refusing, stderr
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, read_device
 from fastmmoe_cli.outputs import ask_to_overwrite, check_writable, writing
 
 EXAMPLE = "Example: fastmmoe analyze --out results --workers 2 --resume"
+ANSWERED = ("methods", "heatmap", "chosen")  # parts whose rows are answers to the questions reported on
 
 
 def analyze(
@@ -74,8 +76,11 @@ def analyze(
     with refusing(OSError, ValueError, TypeError, ImportError):
         work = study.Study(settings, out, chosen, resume=resume)
     problem = None
+    if data is None:
+        asked = f"{settings.n:,} questions" + (f", {settings.dev_n:,} to choose by" if "ablations" in chosen else "")
+        note(f"asks about generated scenes ({asked}); --data asks yours, --n fewer, --parts less")
     try:
-        work.run(workers)
+        work.run(workers, begin)
     except OSError as error:
         problem = f"{reason(error)}; {out} holds the rows up to then, --resume goes on with them"
     if json:
@@ -90,8 +95,38 @@ def analyze(
     with writing("--out", out):
         written = [*tables.write_tables(out), *plots.draw_plots(out)]
     if not json:
+        if rows := [row for part in ANSWERED if part in work.files for row in work.files[part].rows]:
+            console.print(frontier_table(rows))
         for path in [*(file.path for file in work.files.values()), *written]:
             console.print(escape(str(path)), soft_wrap=True)
+
+
+def begin(part: str) -> None:
+    """Say what is under way where no progress bar does."""
+    if not stderr.is_terminal:
+        from fastmmoe.study.study import PARTS
+
+        note(f"{part}: {PARTS[part]}")
+
+
+def frontier_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """What to choose from, of a study's rows."""
+    from fastmmoe.study.tables import frontier
+
+    table = Table("method", title="dense, and what answers best for its FLOPs")
+    for name in ("layers", "tokens left", "experts", "exact match", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in frontier(rows):
+        table.add_row(
+            escape(row["method"]),
+            ", ".join(map(str, row["prune_layers"])),
+            f"{row['retention']:g}" if row["placement"] else "all",
+            "all" if row["vision_top_k"] is None else str(row["vision_top_k"]),
+            f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",
+            f"{row['flops_ratio']:.2f}",
+        )
+    table.caption = "± standard error, of these questions alone; FLOPs / dense"
+    return table
 
 
 def check_out(out: Path, parts: Sequence[str], resume: bool, overwrite: bool) -> None:

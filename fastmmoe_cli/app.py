@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -34,12 +36,28 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(metadata.version("fastmmoe"))
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=Commands,
-    help="Faster prefill of multimodal mixture-of-experts models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def fastmmoe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Faster prefill of multimodal mixture-of-experts models."""
+
+
 app.command(epilog=demo.EXAMPLE)(demo.demo)
 app.command(epilog=bench.EXAMPLE)(bench.bench)
 app.command(epilog=run.EXAMPLE)(run.run)

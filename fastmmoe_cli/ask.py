@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from fastmmoe.families.videos import Video
     from fastmmoe.methods import FastMMoEConfig
 
+NO_TIME_SAVED = (
+    "No time is saved here: with so few tokens, or so small a model, what a layer costs whatever it computes outweighs "
+    "the FLOPs. `fastmmoe time MODEL` calculates from how many tokens on it pays."
+)
+
 
 def ask(
     model: PreTrainedModel,
@@ -101,6 +106,8 @@ def show(
         print_json({"model": model, **result.to_dict(), "calculated_floor_seconds": floor, **written})
     else:
         console.print(cost_table(result))
+        if result.fast_prefill >= result.dense_prefill:
+            console.print(NO_TIME_SAVED, soft_wrap=True)
         if time:
             console.print(time_line(time), soft_wrap=True, highlight=False)
         console.print(token_table(report))

@@ -13,11 +13,14 @@ from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import (
     IMAGES,
     Config,
+    HalfRetention,
     Json,
     NewTokens,
     Report,
     check_config,
     check_images,
+    check_prompt,
+    check_retention,
     open_images,
     read_config_option,
 )
@@ -33,10 +36,7 @@ PROMPT = "Describe this photograph in one sentence."
 def bench(
     images: Annotated[list[Path] | None, IMAGES] = None,
     prompt: Annotated[str | None, typer.Option(help="The question.", show_default="a fixed one")] = None,
-    retention: Annotated[
-        float | None,
-        typer.Option(help="Share of the vision tokens left after the last prune layer.", show_default="0.5"),
-    ] = None,
+    retention: HalfRetention = None,
     config: Config = None,
     output: Annotated[Path | None, typer.Option(help="PNG to draw what became of each token.")] = None,
     max_new_tokens: NewTokens = 8,
@@ -52,6 +52,8 @@ def bench(
     if report:
         check_page(report)
     check_images(images or [])
+    check_prompt("--prompt", prompt)
+    check_retention(retention)
     check_config(config, {"retention": retention})
     with importing():
         from fastmmoe import FastMMoEConfig

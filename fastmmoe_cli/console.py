@@ -24,6 +24,11 @@ def print_json(value: dict) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
+def note(message: str) -> None:
+    """Say on stderr what the user may not expect."""
+    stderr.print(f"note: {escape(message)}", soft_wrap=True, highlight=False)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what is wrong in one line and exit; code 2 is for bad input, 1 for what fails later."""
     stderr.print(f"[bold red]error:[/] {escape(' '.join(message.splitlines()))}", soft_wrap=True)

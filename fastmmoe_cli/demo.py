@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastmmoe_cli.console import console, importing, print_json, progress, refusing
 from fastmmoe_cli.extras import need
-from fastmmoe_cli.options import Json, Retention, open_images
+from fastmmoe_cli.options import Json, Retention, check_images, check_prompt, check_retention, open_images
 from fastmmoe_cli.outputs import check_output, writing
 from fastmmoe_cli.tables import stage_table, token_table
 
@@ -30,6 +30,11 @@ def demo(
 ) -> None:
     """Ask a small trained MoE-MLLM about a picture, with FastMMoE off and on: no GPU, no download."""
     need("demo", "PIL", "matplotlib")
+    check_output(output)
+    check_images([] if image is None else [image])
+    check_retention(retention)
+    for question in questions or ():
+        check_prompt("--question", question)
     with importing():
         from fastmmoe.families.chat import build_inputs, check_question, placeholders_of
         from fastmmoe.families.processors import tilings
@@ -39,7 +44,6 @@ def demo(
         from fastmmoe_cli.picture import draw_fate
         from fastmmoe_cli.threads import one_thread
 
-    check_output(output)
     picture, known = demo_example()
     asked = questions or [question.text for question in known]
     if image is not None:

@@ -19,7 +19,7 @@ EXAMPLE = "Example: fastmmoe doctor --json"
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(help="Checkpoint directory or hub id, to say which flash attention it would take here."),
+        typer.Option(help="Checkpoint directory or hub id, to say what it would take here, and not of all models."),
     ] = None,
     json: Json = False,
 ) -> None:

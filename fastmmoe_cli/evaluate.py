@@ -20,6 +20,7 @@ from fastmmoe_cli.options import (
     Json,
     check_config,
     check_model,
+    check_retention,
     read_config_option,
     read_device,
     read_layers,
@@ -135,6 +136,8 @@ def evaluate(
         fail(f"{'--tasks' if is_lmms_eval else '--data'}: expected the names of some of {harness}'s")
     if model is not None:
         check_model(model, "--model ")
+    for share in retention or []:
+        check_retention(share)
     if resume and overwrite:
         fail("--overwrite: expected it or --resume, got both")
     if include_path is not None and not include_path.is_dir():

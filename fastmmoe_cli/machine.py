@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_torch_flex_attn_available
 
 import fastmmoe
+from fastmmoe.families import find_preset
 from fastmmoe.versions import TESTED, installed, is_tested, tested_range
 from fastmmoe_cli.extras import EXTRAS, missing_of
 from fastmmoe_cli.flash import offered, taken
+from fastmmoe_cli.presets import preset_for
 from fastmmoe_cli.videos import DECODER
 from fastmmoe_kernels.backend import resolve_backend
 
@@ -23,7 +25,7 @@ class Finding:
     """One line of the doctor's table.
 
     Attributes:
-        group: "software", "device", "attention", "backend", "extras" or "models".
+        group: "software", "device", "attention", "backend", "extras", and "models" or "model".
         name: what was looked for.
         found: what there is, in words.
         ok: False if FastMMoE does less, or is slower, without it.
@@ -38,8 +40,13 @@ class Finding:
 
 
 def examine(config: PreTrainedConfig | None = None) -> list[Finding]:
-    """Look at this machine, and at what a model with this config would take; asks a device no more than what it is."""
-    return [*_software(), *_device(), *_attention(config), _backend(), *_extras(), *_models()]
+    """Look at this machine, and at a model with this config or else at all; asks a device no more than what it is.
+
+    Raises:
+        ValueError: transformers has no multimodal model with this config.
+    """
+    models = _models() if config is None else _model(config)
+    return [*_software(), *_device(), *_attention(config), _backend(), *_extras(), *models]
 
 
 def _software() -> list[Finding]:
@@ -133,6 +140,27 @@ def _extras() -> list[Finding]:
             )
         )
     return findings
+
+
+def _model(config: PreTrainedConfig) -> list[Finding]:
+    """Which reductions a model with this config takes, and where its preset sets them."""
+    try:
+        family, text = find_preset(config)
+        preset = preset_for(config)
+    except ValueError as error:
+        return [Finding("model", config.model_type, f"refused: {error}", ok=False)]
+    title = f"supported, as {family.title}"
+    if preset.vision_top_k is None:
+        experts = Finding("model", "fewer experts", f"no: {family.expert_obstacle(text)}", ok=False)
+    else:
+        at = f"{preset.vision_top_k} per vision token, from layer {preset.reduction_layer} on"
+        experts = Finding("model", "fewer experts", f"preset: {at}")
+    try:
+        layers = ", ".join(map(str, preset_for(config, retention=0.5).prune_layers))
+        pruning = Finding("model", "pruning", f"preset: at layers {layers}")
+    except ValueError as error:
+        pruning = Finding("model", "pruning", f"no: {error}", ok=False)
+    return [Finding("model", config.model_type, title), experts, pruning]
 
 
 def _models() -> list[Finding]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fastmmoe_cli.console import fail, importing, refusing
+from fastmmoe_cli.console import fail, importing, note, refusing
+from fastmmoe_cli.presets import preset_for
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,17 @@ VIDEOS = typer.Option(
     help="Video: animated GIF, WebP or PNG, a directory of 2 frames a second, or any file that PyAV reads; repeat for "
     "several.",
 )
-Retention = Annotated[float, typer.Option(help="Share of the vision tokens left after the last prune layer.")]
+RETENTION = "Share of the vision tokens left after the last prune layer."
+Retention = Annotated[float, typer.Option(help=RETENTION)]
+HalfRetention = Annotated[float | None, typer.Option(help=RETENTION, show_default="0.5")]
+Strategy = Annotated[
+    Literal["hybrid", "routing_similarity", "dynamic_attention"] | None,
+    typer.Option(help="How redundancy is found.", show_default="the preset's"),
+]
+KeepBy = Annotated[
+    Literal["importance", "redundancy"] | None,
+    typer.Option(help="What ranks tokens: importance is the paper's, redundancy ours.", show_default="importance"),
+]
 Config = Annotated[
     Path | None,
     typer.Option("--config", help="JSON file of settings, as config.to_dict() gives them, in place of the options."),
@@ -53,6 +64,18 @@ def prune_layers_option(default: str):
     return typer.Option("--prune-layers", help="Layers that prune, such as 5,8,12.", show_default=default)
 
 
+def check_retention(value: float | None) -> None:
+    """Check that it is a share, in front of what takes long to import."""
+    if value is not None and not 0.0 < value <= 1.0:
+        fail(f"--retention: expected a number in (0, 1], got {value}")
+
+
+def check_prompt(option: str, text: str | None) -> None:
+    """Check that something is asked, likewise."""
+    if text is not None and not text.strip():
+        fail(f"{option}: expected a question, got {text!r}")
+
+
 def read_layers(text: str | None) -> tuple[int, ...] | None:
     """Layers with commas between; None: not given."""
     if text is None:
@@ -71,18 +94,24 @@ def read_reduction(
     Raises:
         OSError, ValueError, TypeError: no config in that directory, or settings that are none.
     """
-    layers = read_layers(prune_layers) or ()
+    check_retention(retention)
+    layers = read_layers(prune_layers)
     with importing():
         from fastmmoe import FastMMoEConfig
         from fastmmoe.families.checkpoint import read_config
 
+    sizes = read_config(model) if Path(model).is_dir() else model
+    if layers is None and retention != 1.0:
+        layers = preset_for(sizes, retention=retention).prune_layers
     config = FastMMoEConfig(
         vision_top_k=vision_top_k,
         reduction_layer=reduction_layer,
-        prune_layers=layers,
+        prune_layers=layers or (),
         retention=retention,
     )
-    return read_config(model) if Path(model).is_dir() else model, config
+    if not config.reduces_experts and not config.prune_layers:
+        note("nothing is reduced: --vision-top-k, --retention and --prune-layers say what is")
+    return sizes, config
 
 
 def check_config(path: Path | None, others: Mapping[str, object]) -> None:
@@ -110,14 +139,16 @@ def read_device(name: str) -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with refusing(RuntimeError, before=f"--device {name}: "):
-        device = torch.device(name)
     counts = {"cpu": 1}
     if accelerator := torch.accelerator.current_accelerator(check_available=True):
         counts[accelerator.type] = torch.accelerator.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # it lists dozens
+        fail(f"--device {name}: no name of a device, expected one of auto, {', '.join(counts)}")
     count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
-        fail(f"--device {name}: this machine has {count} such devices, expected auto or one of {', '.join(counts)}")
+        fail(f"--device {name}: this machine has {count} such devices, expected one of auto, {', '.join(counts)}")
     return device
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastmmoe_cli.console import stderr
+from fastmmoe_cli.console import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -12,32 +12,37 @@ if TYPE_CHECKING:
     from fastmmoe import FastMMoEConfig
 
 
-def preset_for(model: PreTrainedConfig, **settings: Any) -> FastMMoEConfig:
-    """`FastMMoEConfig.preset`; where a model has too few layers for it, at the same shares of its depth, and says so.
+def preset_for(model: PreTrainedConfig | str, **settings: Any) -> FastMMoEConfig:
+    """`FastMMoEConfig.preset` of `fitted` settings.
 
     Raises:
-        ValueError, TypeError: what `preset` raises for other reasons.
+        ValueError, TypeError: what `preset` raises, but for too deep a preset.
     """
     from fastmmoe import FastMMoEConfig
-    from fastmmoe.families import architecture_of
-    from fastmmoe.methods.fastmmoe import fitting_layers
+
+    return FastMMoEConfig.preset(model, **fitted(model, settings))
+
+
+def fitted(model: PreTrainedConfig | str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A preset's settings; with prune layers, and a word about them, where a model has too few layers for its own.
+
+    Raises:
+        ValueError, TypeError: what `FastMMoEConfig.preset` raises of these settings.
+    """
+    from fastmmoe import FastMMoEConfig
+    from fastmmoe.methods.fastmmoe import PresetTooDeepError
 
     try:
-        return FastMMoEConfig.preset(model, **settings)
-    except ValueError:
-        if settings.get("prune_layers") is not None or settings.get("retention", 1.0) == 1.0:
+        FastMMoEConfig.preset(model, **settings)
+        return settings
+    except PresetTooDeepError as error:
+        if not error.fitting:
             raise
-        depth = architecture_of(model).num_hidden_layers
-        layers = fitting_layers(model, depth)
-        try:
-            config = FastMMoEConfig.preset(model, **settings | {"prune_layers": layers})
-        except ValueError:
-            config = None
-        if config is None or not layers:
-            raise
-    shown = ", ".join(map(str, layers))
-    stderr.print(
-        f"note: the preset's prune layers do not fit a model of {depth} layers; taken at the same shares of its depth: "
-        f"{shown} (--prune-layers says others)", soft_wrap=True, highlight=False,
-    )  # fmt: skip
-    return config
+        settings = settings | {"prune_layers": error.fitting}
+    FastMMoEConfig.preset(model, **settings)  # something else may be wrong with them
+    shown = ", ".join(map(str, settings["prune_layers"]))
+    note(
+        f"the preset's prune layers do not fit a model of so few layers; taken at the same shares of its depth: {shown} "
+        "(--prune-layers says others)"
+    )
+    return settings

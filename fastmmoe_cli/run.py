@@ -15,12 +15,17 @@ from fastmmoe_cli.options import (
     Config,
     Device,
     Dtype,
+    HalfRetention,
     Json,
+    KeepBy,
     NewTokens,
     Report,
+    Strategy,
     check_config,
     check_images,
     check_model,
+    check_prompt,
+    check_retention,
     open_images,
     prune_layers_option,
     read_config_option,
@@ -40,22 +45,14 @@ def run(
     prompt: Annotated[str, typer.Option(help="The question.")],
     images: Annotated[list[Path] | None, IMAGES] = None,
     videos: Annotated[list[Path] | None, VIDEOS] = None,
-    retention: Annotated[
-        float | None,
-        typer.Option(help="Share of the vision tokens left after the last prune layer.", show_default="0.5"),
-    ] = None,
+    retention: HalfRetention = None,
     vision_top_k: Annotated[int | None, vision_top_k_option("half of the model's")] = None,
     prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Weight of routing similarity in [0, 1].", show_default="the preset's")
     ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="hybrid, routing_similarity or dynamic_attention.", show_default="the preset's"),
-    ] = None,
-    keep_by: Annotated[
-        str | None, typer.Option(help="importance (the paper's) or redundancy (ours).", show_default="importance")
-    ] = None,
+    strategy: Strategy = None,
+    keep_by: KeepBy = None,
     config: Config = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -79,6 +76,8 @@ def run(
     check_images(images or [])
     check_videos(videos or [])
     check_model(model, option="--model ")
+    check_prompt("--prompt", prompt)
+    check_retention(retention)
     given = {
         "vision_top_k": vision_top_k,
         "prune_layers": read_layers(prune_layers),

@@ -14,7 +14,16 @@ import typer
 
 from fastmmoe_cli.console import console, fail, importing, refusing
 from fastmmoe_cli.extras import need
-from fastmmoe_cli.options import Retention, check_model, prune_layers_option, read_layers, vision_top_k_option
+from fastmmoe_cli.options import (
+    KeepBy,
+    Retention,
+    check_model,
+    check_retention,
+    prune_layers_option,
+    read_layers,
+    vision_top_k_option,
+)
+from fastmmoe_cli.presets import fitted
 
 EXAMPLE = "Example: fastmmoe serve DIR --retention 0.5 -- --port 8000 --max-num-batched-tokens 16384"
 
@@ -28,9 +37,7 @@ def serve(
     vision_top_k: Annotated[int | None, vision_top_k_option("half of the model's")] = None,
     all_experts: Annotated[bool, typer.Option("--all-experts", help="Vision tokens take as many as text.")] = False,
     prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
-    keep_by: Annotated[
-        str | None, typer.Option(help="importance (the paper's) or redundancy (ours).", show_default="importance")
-    ] = None,
+    keep_by: KeepBy = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and do not run it.")] = False,
 ) -> None:
     """Serve a checkpoint by vLLM's own server, with fewer experts for vision tokens and fewer vision tokens.
@@ -52,20 +59,20 @@ def serve(
     if all_experts:
         values["vision_top_k"] = None
     check_model(model)
+    check_retention(retention)
     for option in others or ():
         name = option.split("=")[0].replace("_", "-")
         # it may be shortened, or go on with a dot and an entry
         if name.startswith("--additional") or name == "--model":
             fail(f"{name}: this command sets it, expected other options of `vllm serve` alone")
+    if not dry_run:
+        need("vllm", "vllm")
     with importing():
-        from fastmmoe import FastMMoEConfig
         from fastmmoe.families.checkpoint import read_config
 
     with refusing(OSError, ValueError, TypeError):
         # before vLLM starts, which takes minutes
-        FastMMoEConfig.preset(read_config(model), **values)
-    if not dry_run:
-        need("vllm", "vllm")
+        values = fitted(read_config(model), values)
     options = ["--additional-config", json_module.dumps({"fastmmoe": values}), *(others or ())]
     command = [*_command(), model, *options]
     console.print(shlex.join(["python", *command[1:]] if command[0] == sys.executable else command), soft_wrap=True,

@@ -1,10 +1,11 @@
-"""The figures of `docs/results/cpu.md` that are not put in by the site's build, against the result files."""
+"""The figures of `docs/results/cpu.md`, against the result files."""
 
 import json
 import re
 from pathlib import Path
 from statistics import median
 
+import prefill_page
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,11 @@ def test_vllm(row, key, shown):
     assert f"{found['requests']} requests at concurrency {found['concurrency']} per turn, {found['rounds']}" in WORDS
     assert f"{found['date']}):" in WORDS and f"vLLM {found['versions']['vllm']}" in WORDS
     assert f"about {found['turns'][0]['stock']['input_tokens'] / found['requests']:.0f} prompt tokens" in WORDS
+
+
+def test_prefill():
+    """`python bench/prefill_page.py` prints the table."""
+    assert f"\n\n{prefill_page.as_markdown(result('prefill_skipping'))}\n\n" in TEXT
 
 
 def test_experts():

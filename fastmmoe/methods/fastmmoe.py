@@ -20,6 +20,7 @@ from fastmmoe.config import (
     share,
 )
 from fastmmoe.families import find_preset
+from fastmmoe.families.family import PRUNE_SHARES
 from fastmmoe.methods.entry import Entry, Place
 from fastmmoe.methods.method import AttentionCall, Pruning, StageInput, last_row
 from fastmmoe_kernels import PrunedBatch, prune_batch
@@ -133,7 +134,9 @@ class FastMMoEConfig(StagedConfig):
                 brings `alpha=0.75` with it (**ours**, README: chosen on scenes, ahead on pages of dense text).
 
         Raises:
-            ValueError: no preset for this model or name, or one that does not fit the model's number of layers.
+            PresetTooDeepError: the preset's prune layers do not fit the model's number of layers; the error names
+                layers that do.
+            ValueError: no preset for this model or name, or a value that is none or does not fit the model.
         """
         family, text_config = find_preset(model_or_name)
         row = family.preset
@@ -159,7 +162,10 @@ class FastMMoEConfig(StagedConfig):
             values["prune_layers"] = layers
         config = cls(**(values | overrides))
         if text_config is not None:
-            config.check_model(text_config.num_hidden_layers, top_k)
+            depth = text_config.num_hidden_layers
+            if "prune_layers" not in overrides and config.prune_layers and config.prune_layers[-1] >= depth:
+                raise PresetTooDeepError(config.prune_layers, depth)
+            config.check_model(depth, top_k)
         return config
 
     @classmethod
@@ -210,8 +216,33 @@ class FastMMoEConfig(StagedConfig):
         )
 
 
+class PresetTooDeepError(ValueError):
+    """The official prune layers, for a model that has fewer.
+
+    Attributes:
+        fitting: layers at the same shares of the model's depth; empty if it has too few to prune in.
+    """
+
+    def __init__(self, layers: tuple[int, ...], depth: int):
+        self.fitting = layers_at_shares(depth)
+        advice = f"prune_layers={self.fitting} are at the same shares of its depth" if self.fitting else "retention=1.0"
+        super().__init__(
+            f"prune_layers={layers}: the model has {depth} layers, expected layers from 0 to {depth - 1}; the preset is "
+            f"for a deeper one; give prune_layers that fit this model: {advice}"
+        )
+
+
+def layers_at_shares(depth: int) -> tuple[int, ...]:
+    """Prune layers of a model of `depth` layers, at the shares of its depth at which the official ones are."""
+    layers: list[int] = []
+    for part in PRUNE_SHARES:
+        layers.append(max(round(part * depth), layers[-1] + 1 if layers else 1))
+    # behind the last layer there is nothing to save
+    return tuple(layer for layer in layers if layer < depth - 1)
+
+
 def fitting_layers(model_or_name: Any, depth: int) -> tuple[int, ...]:
-    """The preset's prune layers, or, in a model that is not as deep, layers at the same share of a 48-layer model.
+    """The preset's prune layers, or, in a model that is not as deep, those at the same shares of its depth.
 
     Args:
         model_or_name: as `FastMMoEConfig.preset` takes it.
@@ -221,13 +252,7 @@ def fitting_layers(model_or_name: Any, depth: int) -> tuple[int, ...]:
         official = FastMMoEConfig.preset(model_or_name, retention=0.5).prune_layers
     except ValueError:
         official = (depth,)
-    if official[-1] < depth - 1:
-        return official
-    layers: list[int] = []
-    for part in (5 / 48, 8 / 48, 12 / 48):
-        layers.append(max(round(part * depth), layers[-1] + 1 if layers else 1))
-    # behind the last layer there is nothing to save
-    return tuple(layer for layer in layers if layer < depth - 1)
+    return official if official[-1] < depth - 1 else layers_at_shares(depth)
 
 
 def study_configs(changes: Mapping[str, Any], place: Place) -> tuple[FastMMoEConfig, ...]:

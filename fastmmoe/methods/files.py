@@ -27,9 +27,15 @@ def read_config_file(path: Path) -> tuple[ReductionConfig, str | None]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"expected an object with settings, got a {type(values).__name__}")
         if not values:
             raise ValueError("no settings")
         if "type" in values:
+            if values["type"] not in CONFIGS:
+                raise ValueError(f"type: expected one of {', '.join(CONFIGS)}, got {values['type']!r}")
+            if "config" not in values:
+                raise ValueError("config: expected the settings beside the type")
             config = CONFIGS[values["type"]].from_dict(values["config"])
         else:
             config = FastMMoEConfig.from_dict(values)

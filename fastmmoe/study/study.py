@@ -262,12 +262,17 @@ class Study:
             if part not in (*OF_LAYERS, "timing"):
                 _check_rows(file)
 
-    def run(self, workers: int = 1) -> None:
-        """Run all parts; `workers` processes share the methods of a part."""
+    def run(self, workers: int = 1, begin: Callable[[str], None] = lambda part: None) -> None:
+        """Run all parts; `workers` processes share the methods of a part.
+
+        Args:
+            begin: called with the name of each part that is to do.
+        """
         with _evaluator(self.settings, workers) as evaluate_all:
             for part, file in self.files.items():
                 if file.is_complete:
                     continue
+                begin(part)
                 if part == "timing":
                     file.finish(self._times())
                 elif part in OF_LAYERS:

@@ -62,6 +62,17 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def frontier(rows: Iterable[Row]) -> list[Row]:
+    """The dense model, and the rows that no other answers better than at as few FLOPs, from dear to cheap."""
+    rows = sorted(rows, key=lambda row: (row["flops_ratio"], -row["accuracy"]))
+    best: list[Row] = []
+    for row in rows:
+        if not best or row["accuracy"] > best[-1]["accuracy"]:
+            best.append(row)
+    dense = [row for row in rows if row["config"] is None and row not in best]
+    return dense[:1] + best[::-1]
+
+
 def _place(row: Row) -> tuple:
     return row["placement"], row["retention"], row["vision_top_k"]
 

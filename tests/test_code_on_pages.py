@@ -1,0 +1,54 @@
+"""The code on the README and on the Start page runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastmmoe.scenes import CHECKPOINT, EXAMPLE
+
+ROOT = Path(__file__).parents[1]
+# the large model's name and machine, for what is here
+HERE = {
+    'name = "OpenGVLab/InternVL3_5-30B-A3B-HF"': f"name = {str(CHECKPOINT)!r}",
+    "from transformers import AutoModelForImageTextToText, AutoProcessor": (
+        "from transformers import AutoModelForImageTextToText\n"
+        "from fastmmoe.families.processors import load_processor"
+    ),
+    "AutoProcessor.from_pretrained(name)": "load_processor(name)",  # no torchvision is here
+    '.to("cuda")': '.to("cpu")',
+    '"a.jpg"': repr(str(EXAMPLE / "picture.png")),
+    "What is on the table?": "digit at r3 c1?",
+    "retention=0.5)": "retention=0.5, prune_layers=(1, 2, 3))",
+}
+
+
+def code_of(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(code):
+    names = {}
+    exec(compile(code, "page", "exec"), names)
+    return names
+
+
+def test_the_pages_show_the_same():
+    assert code_of("README.md") == code_of("docs/start.md")[:1]
+
+
+def test_on_a_large_model(capsys):
+    code = code_of("README.md")[0]
+    for there, here in HERE.items():
+        assert code.count(there) == 1
+        code = code.replace(there, here)
+    names = run(code)
+    said = capsys.readouterr().out
+    assert said.startswith("1\n") and "layer 3" in said
+    with pytest.raises(ValueError, match="not enabled"):
+        names["fastmmoe"].disable(names["model"])
+
+
+def test_on_the_small_model(capsys):
+    names = run(code_of("docs/start.md")[1])
+    assert capsys.readouterr().out.endswith(f" {names['questions'][0].answer}, right: {names['questions'][0].answer}\n")
