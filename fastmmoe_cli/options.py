@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fastmmoe_cli.console import fail, importing, note, refusing
+from fastmmoe_cli.console import fail, importing, refusing
 from fastmmoe_cli.presets import preset_for
 
 if TYPE_CHECKING:
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
     from fastmmoe import FastMMoEConfig
     from fastmmoe.config import ReductionConfig
+
+
+def complete_from(values: Sequence[str]) -> Callable[[str], list[str]]:
+    """What a shell offers behind an option, of `values`."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
 
 Sizes = Annotated[
     str,
@@ -48,7 +54,9 @@ Config = Annotated[
     typer.Option("--config", help="JSON file of settings, as config.to_dict() gives them, in place of the options."),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, max=65_536, help="Length of the answers.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", autocompletion=complete_from(("auto", "cpu", "cuda")))
+]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
 Report = Annotated[Path | None, typer.Option(help="HTML file for a page with all of it, which needs nothing else.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
@@ -109,8 +117,6 @@ def read_reduction(
         prune_layers=layers or (),
         retention=retention,
     )
-    if not config.reduces_experts and not config.prune_layers:
-        note("nothing is reduced: --vision-top-k, --retention and --prune-layers say what is")
     return sizes, config
 
 

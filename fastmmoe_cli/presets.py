@@ -42,7 +42,7 @@ def fitted(model: PreTrainedConfig | str, settings: dict[str, Any]) -> dict[str,
     FastMMoEConfig.preset(model, **settings)  # something else may be wrong with them
     shown = ", ".join(map(str, settings["prune_layers"]))
     note(
-        f"the preset's prune layers do not fit a model of so few layers; taken at the same shares of its depth: {shown} "
-        "(--prune-layers says others)"
+        f"the preset's prune layers do not fit a model of so few layers; taken at the same shares of its depth: {shown}"
+        " (--prune-layers says others)"
     )
     return settings

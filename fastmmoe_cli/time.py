@@ -21,12 +21,13 @@ from fastmmoe_cli.options import (
     Sizes,
     Text,
     Vision,
+    complete_from,
     prune_layers_option,
     read_reduction,
     vision_top_k_option,
 )
 from fastmmoe_cli.outputs import check_output, writing
-from fastmmoe_cli.tables import span
+from fastmmoe_cli.tables import nothing_reduced, span
 
 if TYPE_CHECKING:
     from fastmmoe.cost.prefill_time import TimeReport
@@ -36,7 +37,8 @@ EXAMPLE = (
     "Example: fastmmoe time DIR --device h100 --text 100 --vision 1792 --vision-top-k 4 "
     "--prune-layers 5,8,12 --retention 0.5"
 )
-DEVICE = "h100, h200, a100, l40s, mi300x, cpu (measured in half a second), or a .json file of measured ceilings."
+DEVICES = ("h100", "h200", "a100", "l40s", "mi300x", "cpu")
+DEVICE = f"{', '.join(DEVICES)} (measured in half a second), or a .json file of measured ceilings."
 NOTE = (
     "Floors by calculation, not measurements: a prefill in eager mode takes longer, and the ratio may be another. "
     "Elementwise ops, which a compiler may fuse, are counted as eager mode runs them."
@@ -47,7 +49,7 @@ Sweep = Mapping[int, Sequence[float]]
 
 def time(
     model: Sizes,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "h100",
+    device: Annotated[str, typer.Option(help=DEVICE, autocompletion=complete_from(DEVICES))] = "h100",
     text: Text = 100,
     vision: Vision = 1792,
     batch: Annotated[int, typer.Option(min=1, max=1024, help="Prompts of this size in the batch.")] = 1,
@@ -85,6 +87,8 @@ def time(
     else:
         title = f"{model} on {ceilings.name}: prefill of {batch} x ({text:,} text and {vision:,} vision tokens), in ms"
         console.print(layer_table(report, escape(title)))
+        if line := nothing_reduced(config):
+            console.print(line, soft_wrap=True)
         console.print(sentence(report.speedup, outcome), soft_wrap=True, highlight=False)
         console.print(sweep_table(found, text))
         console.print(NOTE, soft_wrap=True)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_help(words):
     assert "Usage: fastmmoe" in said and said.endswith("imported: [] 0\n")
 
 
+NO_SHARE = "--retention: expected a number in (0, 1], got"
 ASK = ("run", "--model", "a/b", "--prompt", "What?")
 
 
@@ -52,6 +54,18 @@ ASK = ("run", "--model", "a/b", "--prompt", "What?")
         (("eval", "--out", "x", "--tasks", "t", "--data", "d"), "--data: lmms-eval has no such option"),
         (("calibrate", "--out", "x", "--target", "1.5"), "--target 1.5: expected a share"),
         (("serve", "/no/such", "--retention", "0.5"), "/no/such: no such directory"),
+        ((*ASK, "--image", "pyproject.toml", "--retention", "1.5"), f"{NO_SHARE} 1.5"),
+        ((*ASK[:3], "--prompt", " ", "--image", "pyproject.toml"), "--prompt: expected a question, got ' '"),
+        ((*ASK, "--strategy", "best"), "'best' is not one of 'hybrid', 'routing_similarity', 'dynamic_attention'"),
+        ((*ASK, "--keep-by", "size"), "'size' is not one of 'importance', 'redundancy'"),
+        (("bench", "--retention", "0"), f"{NO_SHARE} 0.0"),
+        (("bench", "--prompt", ""), "--prompt: expected a question, got ''"),
+        (("demo", "--retention", "nan"), f"{NO_SHARE} nan"),
+        (("demo", "--question", ""), "--question: expected a question, got ''"),
+        (("demo", "--image", "none.png"), "--image none.png: No such file"),
+        (("serve", "a/b", "--retention", "-1"), f"{NO_SHARE} -1.0"),
+        (("serve", "a/b"), "this needs vllm: pip install 'fastmmoe[vllm]'"),
+        (("flops", "x", "--retention", "2"), f"{NO_SHARE} 2.0"),
     ],
 )
 def test_what_is_refused_early(words, message):
@@ -60,9 +74,21 @@ def test_what_is_refused_early(words, message):
     assert said.endswith("imported: [] 2\n")
 
 
+def test_version():
+    from fastmmoe import __version__
+
+    assert start("--version")[0] == f"{__version__}\nimported: [] 0\n"
+
+
 def test_completion():
-    """What bash asks for behind `fastmmoe fl`, and behind `fastmmoe run --kee`."""
-    for typed, number, completed in (("fastmmoe fl", 1, "flops"), ("fastmmoe run --kee", 2, "--keep-by")):
+    """What bash asks for behind `fastmmoe fl`, `fastmmoe run --kee` and `fastmmoe run --keep-by r`."""
+    for typed, number, completed in (
+        ("fastmmoe fl", 1, "flops"),
+        ("fastmmoe run --kee", 2, "--keep-by"),
+        ("fastmmoe run --keep-by r", 3, "redundancy"),
+        ("fastmmoe time x --device h1", 4, "h100"),
+        ("fastmmoe run --device c", 3, "cpu"),
+    ):
         asked = {"_FASTMMOE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(number)}
         done = subprocess.run(
             [sys.executable, "-c", RUN], env=os.environ | asked, capture_output=True, text=True
@@ -73,9 +99,13 @@ def test_completion():
 def test_the_lists_in_help_are_those_of_the_registries():
     from fastmmoe.cost.devices import CPU, DEVICES
     from fastmmoe.families.videos import FRAMES_PER_SECOND
-    from fastmmoe_cli.options import VIDEOS
+    from fastmmoe.methods.fastmmoe import KEEP_BY, STRATEGIES
+    from fastmmoe_cli.options import VIDEOS, KeepBy, Strategy
     from fastmmoe_cli.time import DEVICE
 
+    for option, known in ((Strategy, STRATEGIES), (KeepBy, KEEP_BY)):
+        literal, _ = get_args(get_args(option)[0])
+        assert get_args(literal) == known
     assert DEVICE.startswith(f"{', '.join(DEVICES)}, {CPU} (")
     assert f"a directory of {FRAMES_PER_SECOND} frames a second" in VIDEOS.help
 
@@ -97,8 +127,17 @@ def test_settings_from_a_file(tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["config"] == json.loads(json.dumps(config.to_dict()))
     path = tmp_path / "broken.json"
-    path.write_text('{"retention": 2}')
-    done = subprocess.run(
-        [sys.executable, "-m", "fastmmoe_cli", "bench", "--config", str(path)], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "holds no config" in done.stderr.replace("\n", " ")
+    broken = {
+        '{"retention": 2}': "",
+        "[1]": "expected an object with settings, got a list",
+        '{"type": "Own", "config": {}}': "type: expected one of FastMMoEConfig, ",
+        '{"type": "FastVConfig"}': "config: expected the settings beside the type",
+        '{"type": "FastVConfig", "config": [1]}': "expected a dict of settings, got [1] (list)",
+    }
+    for content, says in broken.items():
+        path.write_text(content)
+        done = subprocess.run(
+            [sys.executable, "-m", "fastmmoe_cli", "bench", "--config", str(path)], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "holds no config" in done.stderr.replace("\n", " ")
+        assert says in done.stderr

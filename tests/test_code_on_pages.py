@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from fastmmoe.scenes import CHECKPOINT, EXAMPLE
 
@@ -44,9 +45,11 @@ def test_on_a_large_model(capsys):
         code = code.replace(there, here)
     names = run(code)
     said = capsys.readouterr().out
-    assert said.startswith("1\n") and "layer 3" in said
-    with pytest.raises(ValueError, match="not enabled"):
-        names["fastmmoe"].disable(names["model"])
+    assert said.startswith("1\n") and "layer   3" in said
+    # disabled: as a model that was never enabled
+    stock = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="bfloat16").eval()
+    logits = [model(**names["inputs"]).logits for model in (names["model"], stock)]
+    assert torch.equal(*logits)
 
 
 def test_on_the_small_model(capsys):

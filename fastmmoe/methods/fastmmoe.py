@@ -227,8 +227,8 @@ class PresetTooDeepError(ValueError):
         self.fitting = layers_at_shares(depth)
         advice = f"prune_layers={self.fitting} are at the same shares of its depth" if self.fitting else "retention=1.0"
         super().__init__(
-            f"prune_layers={layers}: the model has {depth} layers, expected layers from 0 to {depth - 1}; the preset is "
-            f"for a deeper one; give prune_layers that fit this model: {advice}"
+            f"prune_layers={layers}: the model has {depth} layers, expected layers from 0 to {depth - 1}; the preset "
+            f"is for a deeper one; give prune_layers that fit this model: {advice}"
         )
 
 

@@ -355,3 +355,23 @@ def test_budgets_of_an_older_study_are_drawn_without_times(tmp_path):
     rows = [row, row | {"expert_budget": 4, "reduction_layer": 0}]
     figure = plots.budget_figure(rows)
     assert figure.axes[0].get_xticklabels()[0].get_text() == "0"
+
+
+def test_cli_says_what_is_under_way_and_what_to_choose(small, checkpoint, tmp_path, questions):
+    """Where no terminal shows a progress bar."""
+    options = ["--parts", "routing,methods", "--n", 3]
+    result = invoke("--model", checkpoint, "--data", questions(), "--out", tmp_path / "own", *options)
+    assert result.exit_code == 0, result.output
+    said = [f"note: {part}: {PARTS[part]}" for part in ("methods", "routing")]
+    assert [line for line in result.stderr.splitlines() if line.startswith("note")] == said
+    rows = json.loads((tmp_path / "own/methods.json").read_text())["rows"]
+    found = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert "dense" in found[0] and f"{rows[0]['accuracy']:.3f} ± {rows[0]['standard_error']:.3f}" in found[0]
+    cheapest = min(rows, key=lambda row: (row["flops_ratio"], -row["accuracy"]))
+    assert f"{cheapest['accuracy']:.3f} ±" in found[-1] and f"{cheapest['flops_ratio']:.2f}" in found[-1]
+    assert all(str(tmp_path / "own" / f"{part}.json") in result.stdout for part in ("methods", "routing"))
+
+    result = invoke("--model", checkpoint, "--out", tmp_path / "scenes", "--parts", "routing", "--n", 4)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("note: asks about generated scenes (4 questions); --data asks yours")
+    assert "dense" not in result.stdout

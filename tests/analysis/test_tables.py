@@ -6,6 +6,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fastmmoe.cost.devices import DEVICES
 from fastmmoe.study import methods, tables
 from fastmmoe.study.plots import draw_plots
@@ -20,6 +23,26 @@ def cells(text, title):
     lines = text.split(f"| {title} |")[1].split("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=20), st.tuples(st.just(9), st.integers(0, 5))
+)
+def test_the_frontier_is_what_no_row_beats(drawn, dense):
+    rows = [{"flops_ratio": cost, "accuracy": right, "config": {}} for cost, right in drawn]
+    rows.append({"flops_ratio": dense[0], "accuracy": dense[1], "config": None})
+    first, *others = tables.frontier(rows)
+    assert first is rows[-1]
+    assert sorted((row["flops_ratio"] for row in others), reverse=True) == [row["flops_ratio"] for row in others]
+
+    def beats(row, other):
+        """At as few FLOPs it answers better, or at fewer as well."""
+        left, right = ((one["accuracy"], -one["flops_ratio"]) for one in (row, other))
+        return left != right and left[0] >= right[0] and left[1] >= right[1]
+
+    unbeaten = {(row["flops_ratio"], row["accuracy"]) for row in rows if not any(beats(one, row) for one in rows)}
+    assert {(row["flops_ratio"], row["accuracy"]) for row in others} == unbeaten - {dense}
+    assert len(others) == len(unbeaten - {dense})  # of equals one
 
 
 def test_rows_and_tables_have_calculated_times(settings, tmp_path, monkeypatch):

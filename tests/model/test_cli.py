@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,17 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from fastmmoe.families.chat import build_inputs
 from fastmmoe.families.internvl_random import random_model, save_random_model
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
+from fastmmoe.scenes import CHECKPOINT
+from fastmmoe.scenes.demo import demo_config, demo_example, demo_model
 from fastmmoe_cli.app import app
+from fastmmoe_cli.ask import show
 from fastmmoe_cli.bench import PROMPT, cat_photograph
+from fastmmoe_cli.compare import compare
 
+from .families import TINY
 from .golden import golden
 from .tiny_deepseek import tiny_deepseek_vl2
 
@@ -80,6 +87,20 @@ def test_flops_table_and_hub_name():
     last = next(line for line in out.splitlines() if "all" in line)
     assert "11.74" in last and "5.08" in last and "56.7%" in last
     assert "13 to 47" in out
+
+
+def test_flops_prune_at_the_presets_layers():
+    given = ["--retention", 0.5, "--vision-top-k", 4]
+    assert flops_of(*given) == flops_of(*given, "--prune-layers", "5,8,12")
+    shallow = json.loads(succeed("flops", CHECKPOINT, "--retention", 0.5, "--json"))
+    assert shallow["config"]["prune_layers"] == [1, 2, 3] and shallow["config"]["vision_top_k"] is None
+
+
+@pytest.mark.parametrize("command", ["flops", "time"])
+def test_that_nothing_is_reduced_is_said(command):
+    said = "\nNothing is reduced: --vision-top-k, --retention and --prune-layers say what is.\n"
+    assert said in succeed(command, "internvl3.5-30b-a3b")
+    assert said not in succeed(command, "internvl3.5-30b-a3b", "--vision-top-k", 4)
 
 
 def test_flops_of_a_checkpoint_directory(tmp_path):
@@ -246,6 +267,11 @@ def test_serve_prints_the_servers_command(checkpoint):
     assert command_of(checkpoint, "--all-experts")[1] == {"retention": 0.5, "vision_top_k": None}
 
 
+def test_serve_says_layers_that_a_shallow_model_has():
+    assert command_of(CHECKPOINT)[1] == {"retention": 0.5, "prune_layers": [1, 2, 3]}
+    assert command_of(CHECKPOINT, "--retention", 1.0)[1] == {"retention": 1.0}
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
@@ -262,7 +288,7 @@ def test_serve_prints_the_servers_command(checkpoint):
     ],
 )
 def test_bad_settings_of_serve_are_one_line(checkpoint, options, says):
-    assert says in refused("serve", checkpoint, *options)
+    assert says in refused("serve", checkpoint, "--dry-run", *options)
 
 
 def test_serve_without_the_engine_names_the_extra(checkpoint, monkeypatch):
@@ -299,6 +325,41 @@ def test_doctor_names_this_machine():
     assert torch.__version__ in succeed("doctor")
 
 
+def test_doctor_of_a_model(deepseek):
+    def found(checkpoint):
+        findings = json.loads(succeed("doctor", "--model", checkpoint, "--json"))["findings"]
+        assert "models" not in {finding["group"] for finding in findings}
+        return {f["name"]: (f["found"], f["ok"]) for f in findings if f["group"] == "model"}
+
+    assert found(CHECKPOINT) == {
+        "internvl": ("supported, as InternVL", True),
+        "fewer experts": ("preset: 2 per vision token, from layer 2 on", True),
+        "pruning": ("preset: at layers 1, 2, 3", True),
+    }
+    assert found(deepseek)["pruning"] == ("preset: at layers 2, 5, 8", True)
+
+
+def test_doctor_of_models_that_take_less(tmp_path):
+    found = {}
+    for name in ("llama4", "gemma4"):
+        TINY[f"{name}+{name}_text"].model().config.save_pretrained(tmp_path / name)
+        findings = json.loads(succeed("doctor", "--model", tmp_path / name, "--json"))["findings"]
+        found[name] = {finding["name"]: finding for finding in findings if finding["group"] == "model"}
+    assert found["llama4"]["fewer experts"]["found"] == "no: every token takes one expert already"
+    assert found["gemma4"]["pruning"]["found"].startswith("no: retention=0.5: Gemma-4 cannot prune")
+    assert not found["llama4"]["fewer experts"]["ok"] and not found["gemma4"]["pruning"]["ok"]
+
+
+def test_run_says_where_no_time_is_saved(capsys):
+    model, processor = demo_model()
+    picture, questions = demo_example()
+    inputs = build_inputs(model, processor, [picture], questions[0].text)
+    compared = compare(model, processor, inputs, demo_config(0.5), max_new_tokens=1, runs=1)
+    for fast, says in ((1.0, True), (0.9, False)):
+        show("m", "q", [picture], replace(compared, dense_prefill=1.0, fast_prefill=fast), None, False)
+        assert ("No time is saved here" in capsys.readouterr().out) == says
+
+
 @pytest.mark.parametrize("command", ["demo", "run", "bench", "serve", "flops", "time", "doctor"])
 def test_help_has_an_example(command):
     assert f"Example: fastmmoe {command}" in " ".join(succeed(command, "--help").split())
@@ -310,7 +371,9 @@ def test_help_has_an_example(command):
         (["flops", "gpt-2"], "unknown name 'gpt-2'"),
         (["flops", "internvl3.5-30b-a3b", "--prune-layers", "5,eight"], "--prune-layers 5,eight"),
         (["flops", "internvl3.5-30b-a3b", "--prune-layers", "48", "--retention", "0.5"], "48 layers"),
-        (["flops", "internvl3.5-30b-a3b", "--retention", "0.5"], "expected the layers to prune at"),
+        (["flops", "internvl3.5-30b-a3b", "--retention", "0.5", "--prune-layers", ""], "the layers to prune at"),
+        (["flops", "gemma-4-26b-a4b", "--retention", "0.5"], "Gemma-4 cannot prune"),
+        (["flops", "gpt-2", "--retention", "0.5"], "no preset for 'gpt-2'"),
         (["flops", "internvl3.5-30b-a3b", "--vision-top-k", "9"], "at most the model's 8"),
         (["demo", "--image", "no.png"], "--image no.png: No such file"),
         (["demo", "--output", "picture.jpg"], "expected a .png file"),
@@ -329,6 +392,7 @@ def test_bad_input_is_one_line(arguments, says):
         (["--prune-layers", "5,16"], "the model has 16 layers"),
         (["--prune-layers", "8,5"], "rising order"),
         (["--vision-top-k", "5"], "at most the model's 4"),
+        (["--device", "tpu"], "--device tpu: no name of a device, expected one of auto, cpu"),
         (["--strategy", "best"], "hybrid"),
         (["--keep-by", "size"], "redundancy"),
         (["--device", "potato"], "potato"),
@@ -339,6 +403,11 @@ def test_bad_input_is_one_line(arguments, says):
 def test_bad_settings_of_run_are_one_line(picture, checkpoint, options, says):
     device = [] if "--device" in options else ["--device", "cpu"]
     assert says in refused("run", "--model", checkpoint, "--image", picture, "--prompt", "Hi", *device, *options)
+
+
+def test_the_setting_that_is_wrong_is_named_of_a_shallow_model(picture):
+    options = ["--model", CHECKPOINT, "--image", picture, "--prompt", "Hi", "--vision-top-k", 99]
+    assert refused("run", *options) == "error: vision_top_k=99: expected at most the model's 4\n"
 
 
 def test_what_is_no_image_or_no_supported_model_is_one_line(tmp_path, picture):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import Glm4MoeConfig, InternVLConfig, Qwen3Config, Qwen3MoeConfig
 
 from fastmmoe.methods import FastMMoEConfig
+from fastmmoe.methods.fastmmoe import PresetTooDeepError
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
 
 
@@ -188,6 +189,17 @@ def test_preset_that_does_not_fit_says_what_to_give():
         FastMMoEConfig.preset(internvl(num_hidden_layers=12), retention=0.5)
     config = FastMMoEConfig.preset(internvl(num_hidden_layers=12), retention=0.5, prune_layers=(3, 7))
     assert config.prune_layers == (3, 7) and config.retention == 0.5
+
+
+@pytest.mark.parametrize(("depth", "fitting"), [(12, (1, 2, 3)), (8, (1, 2, 3)), (4, (1, 2)), (3, (1,)), (2, ())])
+def test_preset_that_does_not_fit_names_layers_that_do(depth, fitting):
+    model = internvl(num_hidden_layers=depth)
+    with pytest.raises(PresetTooDeepError) as error:
+        FastMMoEConfig.preset(model, retention=0.5, vision_top_k=99)  # which is not what is wrong here alone
+    assert error.value.fitting == fitting
+    assert ("retention=1.0" if not fitting else f"prune_layers={fitting}") in str(error.value)
+    if fitting:
+        assert FastMMoEConfig.preset(model, retention=0.5, prune_layers=fitting).prune_layers == fitting
 
 
 @pytest.mark.parametrize("name", ["internvl3.5", "deepseek-vl2"])
