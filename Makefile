@@ -168,7 +168,7 @@ DOCS := .venv-docs
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		mkdocs-material "mkdocstrings[python]"
+		mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 docs: $(DOCS)/.installed

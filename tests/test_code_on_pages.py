@@ -19,7 +19,7 @@ HERE = {
     "AutoProcessor.from_pretrained(name)": "load_processor(name)",  # no torchvision is here
     '.to("cuda")': '.to("cpu")',
     '"a.jpg"': repr(str(EXAMPLE / "picture.png")),
-    "What is on the table?": "digit at r3 c1?",
+    "What is this?": "digit at r3 c1?",
     "retention=0.5)": "retention=0.5, prune_layers=(1, 2, 3))",
 }
 

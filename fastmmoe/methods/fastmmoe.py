@@ -224,7 +224,7 @@ class PresetTooDeepError(ValueError):
     """
 
     def __init__(self, layers: tuple[int, ...], depth: int):
-        self.fitting = layers_at_shares(depth)
+        self.fitting: tuple[int, ...] = layers_at_shares(depth)
         advice = f"prune_layers={self.fitting} are at the same shares of its depth" if self.fitting else "retention=1.0"
         super().__init__(
             f"prune_layers={layers}: the model has {depth} layers, expected layers from 0 to {depth - 1}; the preset "
