@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe_cli.console import console, fail, importing, note, print_json, reason, refusing, stderr
+from fastmmoe_cli.console import console, fail, importing, note, print_json, reason, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, read_device
 from fastmmoe_cli.outputs import ask_to_overwrite, check_writable, writing
@@ -76,9 +76,9 @@ def analyze(
     with refusing(OSError, ValueError, TypeError, ImportError):
         work = study.Study(settings, out, chosen, resume=resume)
     problem = None
-    if data is None:
+    if data is None and any(not file.is_complete for file in work.files.values()):
         asked = f"{settings.n:,} questions" + (f", {settings.dev_n:,} to choose by" if "ablations" in chosen else "")
-        note(f"asks about generated scenes ({asked}); --data asks yours, --n fewer, --parts less")
+        note(f"works on generated scenes ({asked}); --data asks yours, --n fewer, --parts less")
     try:
         work.run(workers, begin)
     except OSError as error:
@@ -102,11 +102,10 @@ def analyze(
 
 
 def begin(part: str) -> None:
-    """Say what is under way where no progress bar does."""
-    if not stderr.is_terminal:
-        from fastmmoe.study.study import PARTS
+    """Say what is under way; where it is no terminal, no bar does."""
+    from fastmmoe.study.study import PARTS
 
-        note(f"{part}: {PARTS[part]}")
+    note(f"{part}: {PARTS[part]}")
 
 
 def frontier_table(rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -121,11 +120,13 @@ def frontier_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             escape(row["method"]),
             ", ".join(map(str, row["prune_layers"])),
             f"{row['retention']:g}" if row["placement"] else "all",
-            "all" if row["vision_top_k"] is None else str(row["vision_top_k"]),
+            "all" if row["vision_top_k"] is None else f"{row['vision_top_k']} from {row['reduction_layer']}",
             f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",
             f"{row['flops_ratio']:.2f}",
         )
-    table.caption = "± standard error, of these questions alone; FLOPs / dense"
+    table.caption = (
+        "experts per vision token, and from which layer on; ± standard error, of these questions alone; FLOPs / dense"
+    )
     return table
 
 

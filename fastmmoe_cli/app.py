@@ -38,7 +38,12 @@ class Commands(TyperGroup):
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(metadata.version("fastmmoe"))
+        try:
+            typer.echo(metadata.version("fastmmoe"))
+        except metadata.PackageNotFoundError:  # a checkout
+            from fastmmoe import __version__
+
+            typer.echo(__version__)
         raise typer.Exit
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NO_TIME_SAVED = (
     "No time is saved here: with so few tokens, or so small a model, what a layer costs whatever it computes outweighs "
-    "the FLOPs. `fastmmoe time MODEL` calculates from how many tokens on it pays."
+    "the FLOPs. `fastmmoe time MODEL --retention 0.5` calculates from how many tokens on it pays."
 )
 
 

@@ -26,7 +26,7 @@ from fastmmoe_cli.options import (
     read_layers,
 )
 from fastmmoe_cli.outputs import ask_to_overwrite
-from fastmmoe_cli.presets import preset_for
+from fastmmoe_cli.presets import fitted
 
 EXAMPLE = "Example: fastmmoe eval --harness lmms-eval --tasks mmmu_val --model DIR --retention 0.75 0.5 --out results"
 MANY = ("--tasks", "--data", "--retention", "--config")
@@ -172,8 +172,12 @@ def evaluate(
         if shown is not None:
             configs = shown.configs(shape, architecture_of(shape))
         else:
+            # layers that fit, if any prunes: said once
+            pruning = fitted(shape, settings | {"retention": min(retention)}) if retention else {}
             configs = {"dense": None} | {
-                f"retention {share:g}": preset_for(shape, **settings, retention=share)
+                f"retention {share:g}": FastMMoEConfig.preset(
+                    shape, **(settings if share == 1.0 else pruning) | {"retention": share}
+                )
                 for share in retention or []
             }
         for path in config or []:

@@ -21,7 +21,7 @@ from fastmmoe_cli.options import (
     read_reduction,
     vision_top_k_option,
 )
-from fastmmoe_cli.tables import nothing_reduced, span
+from fastmmoe_cli.tables import NOTHING_REDUCED, span
 
 EXAMPLE = (
     "Example: fastmmoe flops DIR --text 100 --vision 1792 --vision-top-k 4 "
@@ -63,5 +63,5 @@ def flops(
     figures = f"{report.dense / unit:.2f}", f"{report.reduced / unit:.2f}", f"{report.saved:.1%}"
     table.add_row("all", "", "", *figures, style="bold")
     console.print(table)
-    if line := nothing_reduced(config):
-        console.print(line, soft_wrap=True)
+    if report.reduced == report.dense:
+        console.print(NOTHING_REDUCED, soft_wrap=True)

@@ -11,11 +11,12 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_torch_flex_attn_available
 
 import fastmmoe
+from fastmmoe import FastMMoEConfig
 from fastmmoe.families import find_preset
+from fastmmoe.methods.fastmmoe import PresetTooDeepError
 from fastmmoe.versions import TESTED, installed, is_tested, tested_range
 from fastmmoe_cli.extras import EXTRAS, missing_of
 from fastmmoe_cli.flash import offered, taken
-from fastmmoe_cli.presets import preset_for
 from fastmmoe_cli.videos import DECODER
 from fastmmoe_kernels.backend import resolve_backend
 
@@ -146,21 +147,26 @@ def _model(config: PreTrainedConfig) -> list[Finding]:
     """Which reductions a model with this config takes, and where its preset sets them."""
     try:
         family, text = find_preset(config)
-        preset = preset_for(config)
     except ValueError as error:
         return [Finding("model", config.model_type, f"refused: {error}", ok=False)]
-    title = f"supported, as {family.title}"
-    if preset.vision_top_k is None:
-        experts = Finding("model", "fewer experts", f"no: {family.expert_obstacle(text)}", ok=False)
-    else:
-        at = f"{preset.vision_top_k} per vision token, from layer {preset.reduction_layer} on"
-        experts = Finding("model", "fewer experts", f"preset: {at}")
+    named = Finding("model", config.model_type, f"supported, as {family.title}")
     try:
-        layers = ", ".join(map(str, preset_for(config, retention=0.5).prune_layers))
-        pruning = Finding("model", "pruning", f"preset: at layers {layers}")
+        preset = FastMMoEConfig.preset(config)
+        at = f"preset: {preset.vision_top_k} per vision token, from layer {preset.reduction_layer} on"
+        obstacle = family.expert_obstacle(text) if preset.vision_top_k is None else ""
     except ValueError as error:
-        pruning = Finding("model", "pruning", f"no: {error}", ok=False)
-    return [Finding("model", config.model_type, title), experts, pruning]
+        at, obstacle = "", str(error)
+    experts = Finding("model", "fewer experts", f"no: {obstacle}" if obstacle else at, ok=not obstacle)
+    try:
+        layers = FastMMoEConfig.preset(config, retention=0.5).prune_layers
+        found, is_ok = f"preset: at layers {', '.join(map(str, layers))}", True
+    except PresetTooDeepError as error:
+        found, is_ok = f"the preset's layers do not fit; at layers such as {', '.join(map(str, error.fitting))}", True
+        if not error.fitting:
+            found, is_ok = f"no: {error}", False
+    except ValueError as error:
+        found, is_ok = f"no: {error}", False
+    return [named, experts, Finding("model", "pruning", found, ok=is_ok)]
 
 
 def _models() -> list[Finding]:

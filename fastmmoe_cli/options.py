@@ -110,7 +110,7 @@ def read_reduction(
 
     sizes = read_config(model) if Path(model).is_dir() else model
     if layers is None and retention != 1.0:
-        layers = preset_for(sizes, retention=retention).prune_layers
+        layers = _preset_layers(sizes, retention)
     config = FastMMoEConfig(
         vision_top_k=vision_top_k,
         reduction_layer=reduction_layer,
@@ -118,6 +118,25 @@ def read_reduction(
         retention=retention,
     )
     return sizes, config
+
+
+def _preset_layers(sizes: PreTrainedConfig | str, retention: float) -> tuple[int, ...]:
+    """Where the preset of what is named prunes.
+
+    Raises:
+        ValueError: nothing is called so, or it has no preset.
+    """
+    from fastmmoe import FastMMoEConfig
+    from fastmmoe.cost.tokens import count_tokens
+    from fastmmoe.families import find_preset
+
+    count_tokens(sizes, 1, 0, FastMMoEConfig())  # where nothing is called so, this says what is
+    try:
+        find_preset(sizes)
+    except ValueError:
+        said = "--prune-layers: expected the layers to prune at: no preset says them for this model"
+        raise ValueError(said) from None
+    return preset_for(sizes, retention=retention).prune_layers
 
 
 def check_config(path: Path | None, others: Mapping[str, object]) -> None:

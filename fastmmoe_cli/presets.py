@@ -38,11 +38,11 @@ def fitted(model: PreTrainedConfig | str, settings: dict[str, Any]) -> dict[str,
     except PresetTooDeepError as error:
         if not error.fitting:
             raise
-        settings = settings | {"prune_layers": error.fitting}
+        _, depth, fitting = error.args
+    settings = settings | {"prune_layers": fitting}
     FastMMoEConfig.preset(model, **settings)  # something else may be wrong with them
-    shown = ", ".join(map(str, settings["prune_layers"]))
     note(
-        f"the preset's prune layers do not fit a model of so few layers; taken at the same shares of its depth: {shown}"
-        " (--prune-layers says others)"
+        f"the preset's prune layers do not fit a model of {depth} layers; taken at the same shares of its depth: "
+        f"{', '.join(map(str, fitting))} (--prune-layers says others)"
     )
     return settings

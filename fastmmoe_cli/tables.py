@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastmmoe import FastMMoEConfig
     from fastmmoe.report import PrefillReport
     from fastmmoe_cli.compare import Comparison
+
+NOTHING_REDUCED = "Nothing is reduced: --vision-top-k, --retention and --prune-layers say what is."
 
 
 def cost_table(result: Comparison) -> Table:
@@ -51,13 +52,6 @@ def stage_table(report: PrefillReport) -> Table:
         table.add_row(str(stage.layer), *(f"{count:,}" for count in counts))
     table.caption = "merged: one for each window"
     return table
-
-
-def nothing_reduced(config: FastMMoEConfig) -> str | None:
-    """What to say below a table that compares the dense model with itself."""
-    if config.reduces_experts or config.prune_layers:
-        return None
-    return "Nothing is reduced: --vision-top-k, --retention and --prune-layers say what is."
 
 
 def span(layers: Sequence[int]) -> str:

@@ -27,7 +27,7 @@ from fastmmoe_cli.options import (
     vision_top_k_option,
 )
 from fastmmoe_cli.outputs import check_output, writing
-from fastmmoe_cli.tables import nothing_reduced, span
+from fastmmoe_cli.tables import NOTHING_REDUCED, span
 
 if TYPE_CHECKING:
     from fastmmoe.cost.prefill_time import TimeReport
@@ -87,10 +87,11 @@ def time(
     else:
         title = f"{model} on {ceilings.name}: prefill of {batch} x ({text:,} text and {vision:,} vision tokens), in ms"
         console.print(layer_table(report, escape(title)))
-        if line := nothing_reduced(config):
-            console.print(line, soft_wrap=True)
-        console.print(sentence(report.speedup, outcome), soft_wrap=True, highlight=False)
-        console.print(sweep_table(found, text))
+        if report.reduced == report.dense:
+            console.print(NOTHING_REDUCED, soft_wrap=True)
+        else:
+            console.print(sentence(report.speedup, outcome), soft_wrap=True, highlight=False)
+            console.print(sweep_table(found, text))
         console.print(NOTE, soft_wrap=True)
         console.print(f"Ceilings: {escape(ceilings.source)}.", soft_wrap=True, highlight=False)
     if output:

@@ -131,6 +131,7 @@ def test_settings_from_a_file(tmp_path):
         '{"retention": 2}': "",
         "[1]": "expected an object with settings, got a list",
         '{"type": "Own", "config": {}}': "type: expected one of FastMMoEConfig, ",
+        '{"type": ["Own"], "config": {}}': "type: expected one of FastMMoEConfig, ",
         '{"type": "FastVConfig"}': "config: expected the settings beside the type",
         '{"type": "FastVConfig", "config": [1]}': "expected a dict of settings, got [1] (list)",
     }

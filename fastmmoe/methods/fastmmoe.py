@@ -164,7 +164,9 @@ class FastMMoEConfig(StagedConfig):
         if text_config is not None:
             depth = text_config.num_hidden_layers
             if "prune_layers" not in overrides and config.prune_layers and config.prune_layers[-1] >= depth:
-                raise PresetTooDeepError(config.prune_layers, depth)
+                # where nothing has mixed yet, and behind the last layer, there is nothing to prune
+                fitting = tuple(layer for layer in family.preset_layers(text_config) if 0 < layer < depth - 1)
+                raise PresetTooDeepError(config.prune_layers, depth, fitting)
             config.check_model(depth, top_k)
         return config
 
@@ -217,28 +219,25 @@ class FastMMoEConfig(StagedConfig):
 
 
 class PresetTooDeepError(ValueError):
-    """The official prune layers, for a model that has fewer.
+    """The preset's prune layers, for a model that has fewer layers.
 
     Attributes:
-        fitting: layers at the same shares of the model's depth; empty if it has too few to prune in.
+        fitting: layers of the model that may prune, at the same shares of its depth; empty if there are none.
     """
 
-    def __init__(self, layers: tuple[int, ...], depth: int):
-        self.fitting: tuple[int, ...] = layers_at_shares(depth)
-        advice = f"prune_layers={self.fitting} are at the same shares of its depth" if self.fitting else "retention=1.0"
-        super().__init__(
-            f"prune_layers={layers}: the model has {depth} layers, expected layers from 0 to {depth - 1}; the preset "
-            f"is for a deeper one; give prune_layers that fit this model: {advice}"
+    def __init__(self, layers: tuple[int, ...], depth: int, fitting: tuple[int, ...]):
+        super().__init__(layers, depth, fitting)
+        self.fitting = fitting
+
+    def __str__(self) -> str:
+        layers, depth, fitting = self.args
+        said = f"prune_layers={layers}: the model has {depth} layers, expected layers from 0 to {depth - 1}"
+        if not fitting:
+            return f"{said}; it has too few to prune in, expected retention=1.0"
+        return (
+            f"{said}; the preset is for a deeper one; give prune_layers that fit this model: {fitting} are at the same "
+            "shares of its depth"
         )
-
-
-def layers_at_shares(depth: int) -> tuple[int, ...]:
-    """Prune layers of a model of `depth` layers, at the shares of its depth at which the official ones are."""
-    layers: list[int] = []
-    for part in PRUNE_SHARES:
-        layers.append(max(round(part * depth), layers[-1] + 1 if layers else 1))
-    # behind the last layer there is nothing to save
-    return tuple(layer for layer in layers if layer < depth - 1)
 
 
 def fitting_layers(model_or_name: Any, depth: int) -> tuple[int, ...]:
@@ -250,9 +249,17 @@ def fitting_layers(model_or_name: Any, depth: int) -> tuple[int, ...]:
     """
     try:
         official = FastMMoEConfig.preset(model_or_name, retention=0.5).prune_layers
+    except PresetTooDeepError as error:
+        return error.fitting
     except ValueError:
         official = (depth,)
-    return official if official[-1] < depth - 1 else layers_at_shares(depth)
+    if official[-1] < depth - 1:
+        return official
+    layers: list[int] = []
+    for part in PRUNE_SHARES:
+        layers.append(max(round(part * depth), layers[-1] + 1 if layers else 1))
+    # behind the last layer there is nothing to save
+    return tuple(layer for layer in layers if layer < depth - 1)
 
 
 def study_configs(changes: Mapping[str, Any], place: Place) -> tuple[FastMMoEConfig, ...]:

@@ -32,7 +32,7 @@ def read_config_file(path: Path) -> tuple[ReductionConfig, str | None]:
         if not values:
             raise ValueError("no settings")
         if "type" in values:
-            if values["type"] not in CONFIGS:
+            if values["type"] not in list(CONFIGS):  # it may be nothing that hashes
                 raise ValueError(f"type: expected one of {', '.join(CONFIGS)}, got {values['type']!r}")
             if "config" not in values:
                 raise ValueError("config: expected the settings beside the type")

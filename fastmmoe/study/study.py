@@ -276,7 +276,8 @@ class Study:
                 if part == "timing":
                     file.finish(self._times())
                 elif part in OF_LAYERS:
-                    file.finish(OF_LAYERS[part](self.session.model, self.session.observed()))
+                    model, batches = self.session.model, self.session.observed()
+                    file.finish(OF_LAYERS[part](model, tqdm(batches, part, disable=None, unit="batch")))
                 else:
                     self._fill(file, part, evaluate_all)
 

@@ -366,12 +366,22 @@ def test_cli_says_what_is_under_way_and_what_to_choose(small, checkpoint, tmp_pa
     assert [line for line in result.stderr.splitlines() if line.startswith("note")] == said
     rows = json.loads((tmp_path / "own/methods.json").read_text())["rows"]
     found = [line for line in result.stdout.splitlines() if line.startswith("│")]
-    assert "dense" in found[0] and f"{rows[0]['accuracy']:.3f} ± {rows[0]['standard_error']:.3f}" in found[0]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in found]
+    dense = rows[0]
+    assert cells[0] == ["dense", "", "all", "all", f"{dense['accuracy']:.3f} ± {dense['standard_error']:.3f}", "1.00"]
     cheapest = min(rows, key=lambda row: (row["flops_ratio"], -row["accuracy"]))
-    assert f"{cheapest['accuracy']:.3f} ±" in found[-1] and f"{cheapest['flops_ratio']:.2f}" in found[-1]
+    layers = ", ".join(map(str, cheapest["prune_layers"]))
+    experts = f"{cheapest['vision_top_k']} from {cheapest['reduction_layer']}"
+    assert (layers, f"{cheapest['retention']:g}", experts) in [tuple(row[1:4]) for row in cells]
+    costs = {row[5]: row[4] for row in cells}
+    assert costs[f"{cheapest['flops_ratio']:.2f}"].startswith(f"{cheapest['accuracy']:.3f} ±")
     assert all(str(tmp_path / "own" / f"{part}.json") in result.stdout for part in ("methods", "routing"))
 
-    result = invoke("--model", checkpoint, "--out", tmp_path / "scenes", "--parts", "routing", "--n", 4)
+    scenes = ("--model", checkpoint, "--out", tmp_path / "scenes", "--n", 4, "--dev-n", 3, "--parts")
+    result = invoke(*scenes, "routing")
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("note: asks about generated scenes (4 questions); --data asks yours")
+    assert result.stderr.startswith("note: works on generated scenes (4 questions); --data asks yours")
     assert "dense" not in result.stdout
+    assert "note" not in invoke(*scenes, "routing", "--resume").stderr
+    result = invoke(*scenes, "routing,ablations", "--resume")
+    assert result.stderr.startswith("note: works on generated scenes (4 questions, 3 to choose by); --data asks yours")

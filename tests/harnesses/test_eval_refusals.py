@@ -30,6 +30,7 @@ def invoke(*words: str, out) -> Result:
         (("--harness", "vlmevalkit"), "--data: expected the names of some of vlmevalkit's"),
         ((*BY_DATA, "--vision-top-k", "2"), "--vision-top-k: without effect on the dense model"),
         ((*BY_DATA, "--python", "/no/python"), "--python /no/python: No such file or directory"),
+        ((*BY_DATA, "--retention", "0.5", "1.5"), "--retention: expected a number in (0, 1], got 1.5"),
         ((*BY_DATA, "--resume", "--overwrite"), "--overwrite: expected it or --resume, got both"),
     ],
 )
@@ -46,6 +47,11 @@ def test_an_environment_without_vlmevalkit_is_named(tmp_path, monkeypatch):
     result = invoke(*BY_DATA, "--python", sys.executable, out=tmp_path / "out")
     said = result.output.replace("\n", " ")
     assert result.exit_code == 2 and "has no fastmmoe with VLMEvalKit" in said and "make vlmevalkit" in said
+    assert "the preset's" not in said
+    result = invoke(*BY_DATA, "--python", sys.executable, "--retention", "1", "0.75", "0.5", out=tmp_path / "out")
+    said = result.output.replace("\n", " ")
+    assert said.count("the preset's prune layers do not fit a model of 8 layers") == 1 and "in (0, 1]" not in said
+    assert "has no fastmmoe with VLMEvalKit" in said
     assert "vlmeval" not in sys.modules and "imported into this process" not in said and not (tmp_path / "out").exists()
 
 

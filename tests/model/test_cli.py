@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fastmmoe.families.chat import build_inputs
 from fastmmoe.families.internvl_random import random_model, save_random_model
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2ImageProcessor, DeepseekVLV2Processor
-from fastmmoe.scenes import CHECKPOINT
+from fastmmoe.scenes import CHECKPOINT, EXAMPLE
 from fastmmoe.scenes.demo import demo_config, demo_example, demo_model
 from fastmmoe_cli.app import app
 from fastmmoe_cli.ask import show
@@ -31,6 +31,10 @@ from .tiny_deepseek import tiny_deepseek_vl2
 
 # one tile, no thumbnail: 256 vision tokens keep these tests short
 ONE_TILE = (448, 448)
+FITTED = (
+    "note: the preset's prune layers do not fit a model of 8 layers; taken at the same shares of its depth: 1, 2, 3 "
+    "(--prune-layers says others)\n"
+)
 
 
 def invoke(*arguments, typed=None):
@@ -92,15 +96,20 @@ def test_flops_table_and_hub_name():
 def test_flops_prune_at_the_presets_layers():
     given = ["--retention", 0.5, "--vision-top-k", 4]
     assert flops_of(*given) == flops_of(*given, "--prune-layers", "5,8,12")
-    shallow = json.loads(succeed("flops", CHECKPOINT, "--retention", 0.5, "--json"))
-    assert shallow["config"]["prune_layers"] == [1, 2, 3] and shallow["config"]["vision_top_k"] is None
+    shallow = invoke("flops", CHECKPOINT, "--retention", 0.5, "--json")
+    config = json.loads(shallow.stdout)["config"]
+    assert config["prune_layers"] == [1, 2, 3] and config["vision_top_k"] is None and shallow.stderr == FITTED
 
 
 @pytest.mark.parametrize("command", ["flops", "time"])
 def test_that_nothing_is_reduced_is_said(command):
     said = "\nNothing is reduced: --vision-top-k, --retention and --prune-layers say what is.\n"
-    assert said in succeed(command, "internvl3.5-30b-a3b")
-    assert said not in succeed(command, "internvl3.5-30b-a3b", "--vision-top-k", 4)
+    reducing = (["--vision-top-k", 4], ["--retention", 0.5], ["--prune-layers", "5,8", "--retention", 0.9])
+    nothing = ([], ["--vision-top-k", 8], ["--prune-layers", "5,8"], ["--retention", 0.5, "--vision", 0])
+    for options in (*reducing, *nothing):
+        out = succeed(command, "internvl3.5-30b-a3b", *options)
+        assert (said in out) == (options in nothing)
+        assert command == "flops" or (" expected: " in out) == (options in reducing)
 
 
 def test_flops_of_a_checkpoint_directory(tmp_path):
@@ -269,6 +278,7 @@ def test_serve_prints_the_servers_command(checkpoint):
 
 def test_serve_says_layers_that_a_shallow_model_has():
     assert command_of(CHECKPOINT)[1] == {"retention": 0.5, "prune_layers": [1, 2, 3]}
+    assert invoke("serve", CHECKPOINT, "--dry-run").stderr == FITTED
     assert command_of(CHECKPOINT, "--retention", 1.0)[1] == {"retention": 1.0}
 
 
@@ -325,7 +335,7 @@ def test_doctor_names_this_machine():
     assert torch.__version__ in succeed("doctor")
 
 
-def test_doctor_of_a_model(deepseek):
+def test_doctor_of_a_model(deepseek, tmp_path):
     def found(checkpoint):
         findings = json.loads(succeed("doctor", "--model", checkpoint, "--json"))["findings"]
         assert "models" not in {finding["group"] for finding in findings}
@@ -334,8 +344,16 @@ def test_doctor_of_a_model(deepseek):
     assert found(CHECKPOINT) == {
         "internvl": ("supported, as InternVL", True),
         "fewer experts": ("preset: 2 per vision token, from layer 2 on", True),
-        "pruning": ("preset: at layers 1, 2, 3", True),
+        "pruning": ("the preset's layers do not fit; at layers such as 1, 2, 3", True),
     }
+    shallow = AutoConfig.from_pretrained(CHECKPOINT)
+    shallow.text_config.num_hidden_layers = 2
+    shallow.text_config.layer_types = None
+    shallow.save_pretrained(tmp_path)
+    said = found(tmp_path)
+    assert said["internvl"] == ("supported, as InternVL", True)
+    assert "no: reduction_layer=2" in said["fewer experts"][0] and not said["fewer experts"][1]
+    assert said["pruning"][0].endswith("it has too few to prune in, expected retention=1.0") and not said["pruning"][1]
     assert found(deepseek)["pruning"] == ("preset: at layers 2, 5, 8", True)
 
 
@@ -373,7 +391,8 @@ def test_help_has_an_example(command):
         (["flops", "internvl3.5-30b-a3b", "--prune-layers", "48", "--retention", "0.5"], "48 layers"),
         (["flops", "internvl3.5-30b-a3b", "--retention", "0.5", "--prune-layers", ""], "the layers to prune at"),
         (["flops", "gemma-4-26b-a4b", "--retention", "0.5"], "Gemma-4 cannot prune"),
-        (["flops", "gpt-2", "--retention", "0.5"], "no preset for 'gpt-2'"),
+        (["flops", "gpt-2", "--retention", "0.5"], "unknown name 'gpt-2'"),
+        (["flops", "qwen3-vl-235b-a22b", "--retention", "0.5"], "--prune-layers: expected the layers to prune at: no"),
         (["flops", "internvl3.5-30b-a3b", "--vision-top-k", "9"], "at most the model's 8"),
         (["demo", "--image", "no.png"], "--image no.png: No such file"),
         (["demo", "--output", "picture.jpg"], "expected a .png file"),
@@ -408,6 +427,12 @@ def test_bad_settings_of_run_are_one_line(picture, checkpoint, options, says):
 def test_the_setting_that_is_wrong_is_named_of_a_shallow_model(picture):
     options = ["--model", CHECKPOINT, "--image", picture, "--prompt", "Hi", "--vision-top-k", 99]
     assert refused("run", *options) == "error: vision_top_k=99: expected at most the model's 4\n"
+
+
+def test_run_takes_layers_that_a_shallow_model_has():
+    options = ["--image", EXAMPLE / "picture.png", "--prompt", "how many digits ?", "--max-new-tokens", 1, "--json"]
+    result = invoke("run", "--model", CHECKPOINT, *options, "--device", "cpu")
+    assert result.stderr == FITTED and json.loads(result.stdout)["config"]["prune_layers"] == [1, 2, 3]
 
 
 def test_what_is_no_image_or_no_supported_model_is_one_line(tmp_path, picture):

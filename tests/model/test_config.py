@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import Glm4MoeConfig, InternVLConfig, Qwen3Config, Qwen3MoeConfig
 
 from fastmmoe.methods import FastMMoEConfig
-from fastmmoe.methods.fastmmoe import PresetTooDeepError
+from fastmmoe.methods.fastmmoe import PresetTooDeepError, fitting_layers
 from fastmmoe.models.deepseek_vl2 import DeepseekVLV2Config
 
 
@@ -191,13 +192,26 @@ def test_preset_that_does_not_fit_says_what_to_give():
     assert config.prune_layers == (3, 7) and config.retention == 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "fitting"),
+    [({"mlp_only_layers": [1, 2]}, (3, 4, 5)), ({"decoder_sparse_step": 2}, (1, 3, 5))],
+)
+def test_layers_without_experts_fit_no_preset(text, fitting):
+    model = internvl(num_hidden_layers=8, **text)
+    with pytest.raises(PresetTooDeepError) as error:
+        FastMMoEConfig.preset(model, retention=0.5)
+    assert error.value.fitting == fitting and fitting_layers(model, 8) == fitting
+
+
 @pytest.mark.parametrize(("depth", "fitting"), [(12, (1, 2, 3)), (8, (1, 2, 3)), (4, (1, 2)), (3, (1,)), (2, ())])
 def test_preset_that_does_not_fit_names_layers_that_do(depth, fitting):
     model = internvl(num_hidden_layers=depth)
     with pytest.raises(PresetTooDeepError) as error:
         FastMMoEConfig.preset(model, retention=0.5, vision_top_k=99)  # which is not what is wrong here alone
     assert error.value.fitting == fitting
-    assert ("retention=1.0" if not fitting else f"prune_layers={fitting}") in str(error.value)
+    assert ("retention=1.0" if not fitting else f"that fit this model: {fitting}") in str(error.value)
+    copied = pickle.loads(pickle.dumps(error.value))
+    assert (str(copied), copied.fitting) == (str(error.value), fitting)
     if fitting:
         assert FastMMoEConfig.preset(model, retention=0.5, prune_layers=fitting).prune_layers == fitting
 
