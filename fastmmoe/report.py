@@ -150,8 +150,11 @@ def report(model: nn.Module) -> PrefillReport:
     """Describe the last prefill with vision tokens. Reads the device; costs nothing until it is called.
 
     Raises:
-        RuntimeError: FastMMoE is not enabled on `model`, or no prefill with vision tokens has run since.
+        TypeError: `model` is no module.
+        RuntimeError: FastMMoE is not enabled on it, or no prefill with vision tokens has run since.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     plan = plan_in_force(model)
     if plan is None:
         raise RuntimeError("model: FastMMoE is not enabled; call fastmmoe.enable(model, config) first")

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from fastmmoe_cli.console import console, fail, importing, note, print_json, reason, refusing
 from fastmmoe_cli.extras import need
-from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, read_device
+from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, check_model, read_device
 from fastmmoe_cli.outputs import ask_to_overwrite, check_writable, writing
 
 EXAMPLE = "Example: fastmmoe analyze --out results --workers 2 --resume"
+PARTS = ("methods", "heatmap", "routing", "magnitude", "ablations", "chosen", "budget", "timing")
 ANSWERED = ("methods", "heatmap", "chosen")  # parts whose rows are answers to the questions reported on
 
 
@@ -34,8 +35,7 @@ def analyze(
     parts: Annotated[
         str | None,
         typer.Option(
-            help="Some of methods, heatmap, routing, magnitude, ablations, chosen, budget, timing, "
-            "with commas between.",
+            help=f"Some of {', '.join(PARTS)}, with commas between.",
             show_default="all that have questions",
         ),
     ] = None,
@@ -63,6 +63,20 @@ def analyze(
 ) -> None:
     """Study what the reductions cost in right answers: methods, layers, ablations, FLOPs and times, with plots."""
     need("study", "PIL", "matplotlib", "tqdm", *(() if data else ("sklearn", "skimage")))
+    if resume and overwrite:
+        fail("--overwrite: expected it or --resume, got both")
+    if model is not None:
+        check_model(model, option="--model ")
+    asked_parts = [part.strip() for part in parts.split(",") if part.strip()] if parts is not None else list(PARTS)
+    if unknown := [part for part in asked_parts if part not in PARTS]:
+        fail(f"--parts: unknown {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
+    if not asked_parts:
+        fail(f"--parts: expected some of {', '.join(PARTS)}, got none")
+    for option, path in {"--data": data, "--dev-data": dev_data, "--calibration": calibration}.items():
+        if path is not None and not path.is_file():
+            fail(f"{option} {path}: cannot be read: No such file")
+    if os.path.lexists(out) and not out.is_dir():
+        fail(f"--out {out}: cannot be written: {out}: Not a directory")
     with importing():
         from fastmmoe.study import plots, study, tables
 
@@ -71,7 +85,7 @@ def analyze(
         batch=batch, max_new_tokens=max_new_tokens, calibration=calibration, device=str(read_device(device)),
         dtype=dtype,
     )  # fmt: skip
-    chosen = settings.default_parts if parts is None else [part.strip() for part in parts.split(",") if part.strip()]
+    chosen = settings.default_parts if parts is None else asked_parts
     check_out(out, chosen, resume, overwrite)
     with refusing(OSError, ValueError, TypeError, ImportError):
         work = study.Study(settings, out, chosen, resume=resume)
@@ -103,9 +117,9 @@ def analyze(
 
 def begin(part: str) -> None:
     """Say what is under way; where it is no terminal, no bar does."""
-    from fastmmoe.study.study import PARTS
+    from fastmmoe.study import study
 
-    note(f"{part}: {PARTS[part]}")
+    note(f"{part}: {study.PARTS[part]}")
 
 
 def frontier_table(rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -137,10 +151,6 @@ def check_out(out: Path, parts: Sequence[str], resume: bool, overwrite: bool) ->
         typer.Abort: the user says no.
         typer.Exit: it cannot be written, or nobody can be asked.
     """
-    from fastmmoe.study.study import PARTS
-
-    if resume and overwrite:
-        fail("--overwrite: expected it or --resume, got both")
     folder = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
     try:
         with TemporaryFile(dir=folder):

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from fastmmoe.methods import FastMMoEConfig
 
 NO_TIME_SAVED = (
-    "No time is saved here: with so few tokens, or so small a model, what a layer costs whatever it computes outweighs "
-    "the FLOPs. `fastmmoe time MODEL --retention 0.5` calculates from how many tokens on it pays."
+    "No time was saved in these runs. With few tokens, or a small model, what a layer costs whatever it computes "
+    "outweighs the FLOPs; other work on the machine disturbs the times. "
+    "`fastmmoe time MODEL --retention 0.5` calculates from how many tokens on it pays."
 )
 
 

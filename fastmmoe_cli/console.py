@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,12 +44,26 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def refusing(*kinds: type[Exception], before: str = "") -> Iterator[None]:
-    """Turn what bad input raises into one line and exit code 2; `before` is said in front of it."""
+def refusing(*kinds: type[Exception], before: str = "", options: bool = False) -> Iterator[None]:
+    """Turn what bad input raises into one line and exit code 2; `before` is said in front of it.
+
+    Args:
+        options: what is refused was given as options and arguments, and is called as the user calls it.
+    """
     try:
         yield
     except kinds as error:
-        fail(before + reason(error))
+        said = reason(error)
+        fail(before + (ARGUMENT.sub(_as_typed, said) if options else said))
+
+
+# of Python, in front of an error about it
+ARGUMENT = re.compile(r"^[a-z][a-z_]*(?=[=:\[])")
+POSITIONAL = ("text_config", "model_or_name")
+
+
+def _as_typed(name: re.Match[str]) -> str:
+    return "MODEL" if name[0] in POSITIONAL else f"--{name[0].replace('_', '-')}"
 
 
 @contextmanager
@@ -63,9 +78,19 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[s
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """What is imported within takes seconds, the first time."""
-    with nullcontext() if "transformers" in sys.modules else progress("importing torch and transformers"):
-        yield
+    """What is imported within takes seconds, the first time.
+
+    Raises:
+        typer.Exit: torchvision is another build than torch, and breaks transformers' imports.
+    """
+    try:
+        with nullcontext() if "transformers" in sys.modules else progress("importing torch and transformers"):
+            yield
+    except (ImportError, RuntimeError, OSError) as error:
+        if "torchvision" not in str(error):
+            raise
+        said = "torchvision does not fit torch: install both from one index, or uninstall torchvision"
+        fail(f"{said} ({reason(error)})", code=1)
 
 
 @contextmanager

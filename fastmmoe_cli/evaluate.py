@@ -111,6 +111,9 @@ def evaluate(
     --table runs what one of the paper's tables shows: every method at every retention, every number of experts from
     every layer on, or latencies.
     """
+    named = {"--retention": retention, "--vision-top-k": vision_top_k, "--reduction-layer": reduction_layer}
+    if table is not None and any(value for value in (*named.values(), prune_layers)):
+        fail(f"--table: says what is run, expected no {', '.join(named)} or --prune-layers")
     shown = None
     if table is not None:
         with importing():
@@ -127,8 +130,6 @@ def evaluate(
     for name, value in of_other.items():
         if value is not None:
             fail(f"{name}: {harness} has no such option")
-    if is_lmms_eval:
-        need(harness, "lmms_eval")
     names = tasks if is_lmms_eval else data
     if shown is not None and shown.harness == harness:
         names, batch = names or list(shown.tasks), batch or shown.batch
@@ -144,16 +145,18 @@ def evaluate(
         fail(f"--include-path {include_path}: no such directory")
     for path in config or []:
         check_config(path, {})
-    place = read_device(device)
+    if python is not None and os.sep in python and not Path(python).is_file():
+        fail(f"--python {python}: No such file or directory")
     given = {
         "vision_top_k": vision_top_k, "reduction_layer": reduction_layer, "prune_layers": read_layers(prune_layers),
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
-    if shown is not None and (retention or settings):
-        fail("--table: says what is run, expected no --retention, --vision-top-k, --reduction-layer or --prune-layers")
     if settings and not retention:
         option = f"--{next(iter(settings)).replace('_', '-')}"
         fail(f"{option}: without effect on the dense model, expected a --retention with it, such as 1.0")
+    if is_lmms_eval:
+        need(harness, "lmms_eval")
+    place = read_device(device)
     with importing():
         from fastmmoe.families import architecture_of
         from fastmmoe.families.checkpoint import read_config

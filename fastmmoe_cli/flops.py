@@ -35,12 +35,12 @@ def flops(
     vision: Vision = 1792,
     vision_top_k: Annotated[int | None, vision_top_k_option("the model's")] = None,
     reduction_layer: ReductionLayer = 2,
-    prune_layers: Annotated[str | None, prune_layers_option("none")] = None,
+    prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
     retention: Retention = 1.0,
     json: Json = False,
 ) -> None:
     """Count a prefill's FLOPs, dense and with FastMMoE (the language model only), without loading any weights."""
-    with refusing(OSError, ValueError, TypeError):
+    with refusing(OSError, ValueError, TypeError, options=True):
         sizes, config = read_reduction(model, vision_top_k, reduction_layer, prune_layers, retention)
         from fastmmoe.cost.flops import flops as count
 
@@ -62,6 +62,7 @@ def flops(
     table.add_section()
     figures = f"{report.dense / unit:.2f}", f"{report.reduced / unit:.2f}", f"{report.saved:.1%}"
     table.add_row("all", "", "", *figures, style="bold")
+    table.caption = f"pruned at layers {', '.join(map(str, config.prune_layers))}" if config.prune_layers else None
     console.print(table)
     if report.reduced == report.dense:
         console.print(NOTHING_REDUCED, soft_wrap=True)

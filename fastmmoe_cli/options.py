@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fastmmoe_cli.console import fail, importing, refusing
+from fastmmoe_cli.console import fail, importing, reason, refusing
 from fastmmoe_cli.presets import preset_for
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ def prune_layers_option(default: str):
     return typer.Option("--prune-layers", help="Layers that prune, such as 5,8,12.", show_default=default)
 
 
+def check_pruning(retention: float, options: Mapping[str, object]) -> None:
+    """Check that some tokens go where options say how."""
+    if retention == 1.0 and (given := [name for name, value in options.items() if value]):
+        fail(f"{given[0]}: without effect at --retention 1.0, which prunes nothing")
+
+
 def check_retention(value: float | None) -> None:
     """Check that it is a share, in front of what takes long to import."""
     if value is not None and not 0.0 < value <= 1.0:
@@ -102,8 +109,10 @@ def read_reduction(
     Raises:
         OSError, ValueError, TypeError: no config in that directory, or settings that are none.
     """
+    check_model(model)
     check_retention(retention)
     layers = read_layers(prune_layers)
+    check_pruning(retention, {"--prune-layers": layers})
     with importing():
         from fastmmoe import FastMMoEConfig
         from fastmmoe.families.checkpoint import read_config
@@ -148,6 +157,10 @@ def check_config(path: Path | None, others: Mapping[str, object]) -> None:
         fail(f"--config {path}: says all settings, expected no {option} beside it")
     if not path.is_file():
         fail(f"--config {path}: No such file")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"--config {path}: holds no config, and no JSON: {reason(error)}")
 
 
 def read_config_option(path: Path) -> ReductionConfig:
@@ -160,7 +173,8 @@ def read_config_option(path: Path) -> ReductionConfig:
 
 def read_device(name: str) -> torch.device:
     """The device of that name, which this machine has; "auto" is a GPU where there is one."""
-    import torch
+    with importing():
+        import torch
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,7 +193,7 @@ def read_device(name: str) -> torch.device:
 
 def check_model(model: str, option: str = "") -> None:
     """Check that what can only be a directory is one; a hub id is for the hub to know."""
-    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~")) or model.endswith("/")):
         fail(f"{option}{model}: no such directory")
 
 
@@ -188,6 +202,8 @@ def check_images(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.exists():
             fail(f"--image {path}: No such file or directory")
+        if path.is_dir():
+            fail(f"--image {path}: Is a directory")
 
 
 def open_images(paths: Sequence[Path]) -> list[Image]:

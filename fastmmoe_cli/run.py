@@ -100,7 +100,7 @@ def run(
     if config is not None:
         settings = read_config_option(config)
     else:
-        with refusing(ValueError, TypeError):
+        with refusing(ValueError, TypeError, options=True):
             settings = preset_for(described, retention=0.5 if retention is None else retention, **overrides)
     with refusing(OSError, ValueError, ImportError, before="--model: "), progress("loading the processor"):
         processor = load_processor(model)

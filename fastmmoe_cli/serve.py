@@ -18,6 +18,7 @@ from fastmmoe_cli.options import (
     KeepBy,
     Retention,
     check_model,
+    check_pruning,
     check_retention,
     prune_layers_option,
     read_layers,
@@ -52,9 +53,7 @@ def serve(
         "prune_layers": read_layers(prune_layers),
         "keep_by": keep_by,
     }
-    if retention == 1.0 and (prune_layers or keep_by or all_experts):
-        option = "--prune-layers" if prune_layers else "--keep-by" if keep_by else "--all-experts"
-        fail(f"{option}: without effect at --retention 1.0, which prunes nothing")
+    check_pruning(retention, {"--prune-layers": prune_layers, "--keep-by": keep_by, "--all-experts": all_experts})
     values = {name: value for name, value in given.items() if value is not None}
     if all_experts:
         values["vision_top_k"] = None
@@ -70,7 +69,7 @@ def serve(
     with importing():
         from fastmmoe.families.checkpoint import read_config
 
-    with refusing(OSError, ValueError, TypeError):
+    with refusing(OSError, ValueError, TypeError, options=True):
         # before vLLM starts, which takes minutes
         values = fitted(read_config(model), values)
     options = ["--additional-config", json_module.dumps({"fastmmoe": values}), *(others or ())]

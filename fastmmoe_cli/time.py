@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastmmoe_cli.console import console, importing, print_json, refusing
+from fastmmoe_cli.console import console, fail, importing, print_json, refusing
 from fastmmoe_cli.extras import need
 from fastmmoe_cli.options import (
     Json,
@@ -21,6 +21,7 @@ from fastmmoe_cli.options import (
     Sizes,
     Text,
     Vision,
+    check_retention,
     complete_from,
     prune_layers_option,
     read_reduction,
@@ -55,7 +56,7 @@ def time(
     batch: Annotated[int, typer.Option(min=1, max=1024, help="Prompts of this size in the batch.")] = 1,
     vision_top_k: Annotated[int | None, vision_top_k_option("the model's")] = None,
     reduction_layer: ReductionLayer = 2,
-    prune_layers: Annotated[str | None, prune_layers_option("none")] = None,
+    prune_layers: Annotated[str | None, prune_layers_option("the preset's")] = None,
     retention: Retention = 1.0,
     output: Annotated[Path | None, typer.Option(help="PNG to draw the speedup over tokens and batch in.")] = None,
     json: Json = False,
@@ -64,13 +65,18 @@ def time(
     if output:
         need("demo", "matplotlib")
         check_output(output)
+    if not device.endswith(".json") and device not in DEVICES:
+        fail(f"--device {device}: expected one of {', '.join(DEVICES)} or a .json file of ceilings")
+    if device.endswith(".json") and not Path(device).is_file():
+        fail(f"--device {device}: No such file")
+    check_retention(retention)
     with importing():
         from fastmmoe.cost.devices import ceilings_of
         from fastmmoe.cost.prefill_time import prefill_time
         from fastmmoe.cost.sweep import BATCHES, outlook, sweep
         from fastmmoe.cost.tokens import count_tokens
 
-    with refusing(OSError, ValueError, TypeError):
+    with refusing(OSError, ValueError, TypeError, options=True):
         sizes, config = read_reduction(model, vision_top_k, reduction_layer, prune_layers, retention)
         # what can be refused is, before a CPU is measured
         architecture = count_tokens(sizes, text, vision, config).architecture

@@ -59,6 +59,19 @@ ASK = ("run", "--model", "a/b", "--prompt", "What?")
         ((*ASK, "--strategy", "best"), "'best' is not one of 'hybrid', 'routing_similarity', 'dynamic_attention'"),
         ((*ASK, "--keep-by", "size"), "'size' is not one of 'importance', 'redundancy'"),
         (("bench", "--retention", "0"), f"{NO_SHARE} 0.0"),
+        ((*ASK, "--image", "tests"), "--image tests: Is a directory"),
+        ((*ASK, "--image", "pyproject.toml", "--config", "setup.py"), "--config setup.py: holds no config"),
+        (("flops", "nodir/"), "nodir/: no such directory"),
+        (("flops", "x", "--prune-layers", "5"), "--prune-layers: without effect at --retention 1.0"),
+        (("time", "x", "--device", "b200"), "--device b200: expected one of h100, h200, a100, l40s, mi300x, cpu or a"),
+        (("time", "x", "--device", "none.json"), "--device none.json: No such file"),
+        (("analyze", "--out", "x", "--parts", "methds"), "--parts: unknown methds, expected some of methods, heatmap,"),
+        (("analyze", "--out", "x", "--data", "none.jsonl"), "--data none.jsonl: cannot be read: No such file"),
+        (("analyze", "--out", "pyproject.toml"), "--out pyproject.toml: cannot be written: pyproject.toml: Not a dir"),
+        (("analyze", "--out", "x", "--resume", "--overwrite"), "--overwrite: expected it or --resume, got both"),
+        (("eval", "--out", "x", "--table", "retention", "--retention", "0.3"), "--table: says what is run"),
+        (("eval", "--out", "x"), "--tasks: expected the names of some of lmms-eval's"),
+        (("eval", "--out", "x", "--tasks", "t", "--retention", "0"), f"{NO_SHARE} 0.0"),
         (("bench", "--prompt", ""), "--prompt: expected a question, got ''"),
         (("demo", "--retention", "nan"), f"{NO_SHARE} nan"),
         (("demo", "--question", ""), "--question: expected a question, got ''"),
@@ -72,6 +85,26 @@ def test_what_is_refused_early(words, message):
     said, error = start(*words)
     assert message in error.replace("\n", " ")
     assert said.endswith("imported: [] 2\n")
+
+
+def test_a_torchvision_of_another_build_is_named(tmp_path):
+    """The way it breaks: by an operator that its own library does not bring."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    info = tmp_path / "torchvision-0.28.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for command in ("doctor", "demo"):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastmmoe_cli", command], capture_output=True, text=True, env=environment,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 1 and done.stdout == ""
+        said = "error: torchvision does not fit torch: install both from one index, or uninstall torchvision ("
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
 
 
 def test_version():
@@ -100,18 +133,25 @@ def test_the_lists_in_help_are_those_of_the_registries():
     from fastmmoe.cost.devices import CPU, DEVICES
     from fastmmoe.families.videos import FRAMES_PER_SECOND
     from fastmmoe.methods.fastmmoe import KEEP_BY, STRATEGIES
+    from fastmmoe.study import study
+    from fastmmoe_cli import analyze, time
     from fastmmoe_cli.options import VIDEOS, KeepBy, Strategy
-    from fastmmoe_cli.time import DEVICE
 
+    assert analyze.PARTS == tuple(study.PARTS)
+    assert time.DEVICES == (*DEVICES, CPU)
     for option, known in ((Strategy, STRATEGIES), (KeepBy, KEEP_BY)):
         literal, _ = get_args(get_args(option)[0])
         assert get_args(literal) == known
-    assert DEVICE.startswith(f"{', '.join(DEVICES)}, {CPU} (")
+    assert time.DEVICE.startswith(f"{', '.join(DEVICES)}, {CPU} (")
     assert f"a directory of {FRAMES_PER_SECOND} frames a second" in VIDEOS.help
 
 
 def test_settings_from_a_file(tmp_path):
     """`bench` by what `to_dict` gave, and by what a file of another method holds."""
+    from typer.testing import CliRunner
+
+    from fastmmoe_cli.app import app
+
     from fastmmoe import FastMMoEConfig, UniformConfig
     from fastmmoe.methods.files import content_of
 
@@ -132,13 +172,11 @@ def test_settings_from_a_file(tmp_path):
         "[1]": "expected an object with settings, got a list",
         '{"type": "Own", "config": {}}': "type: expected one of FastMMoEConfig, ",
         '{"type": ["Own"], "config": {}}': "type: expected one of FastMMoEConfig, ",
-        '{"type": "FastVConfig"}': "config: expected the settings beside the type",
+        '{"type": "FastVConfig"}': "'config' is missing",
         '{"type": "FastVConfig", "config": [1]}': "expected a dict of settings, got [1] (list)",
     }
     for content, says in broken.items():
         path.write_text(content)
-        done = subprocess.run(
-            [sys.executable, "-m", "fastmmoe_cli", "bench", "--config", str(path)], capture_output=True, text=True
-        )
-        assert done.returncode == 2 and "holds no config" in done.stderr.replace("\n", " ")
+        done = CliRunner().invoke(app, ["bench", "--config", str(path)])
+        assert done.exit_code == 2 and "holds no config" in done.stderr.replace("\n", " ")
         assert says in done.stderr

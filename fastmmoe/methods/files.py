@@ -34,12 +34,11 @@ def read_config_file(path: Path) -> tuple[ReductionConfig, str | None]:
         if "type" in values:
             if values["type"] not in list(CONFIGS):  # it may be nothing that hashes
                 raise ValueError(f"type: expected one of {', '.join(CONFIGS)}, got {values['type']!r}")
-            if "config" not in values:
-                raise ValueError("config: expected the settings beside the type")
             config = CONFIGS[values["type"]].from_dict(values["config"])
         else:
             config = FastMMoEConfig.from_dict(values)
         gates = values["calibration"]["study"]["model"]["gates_sha256"] if "calibration" in values else None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: holds no config ({type(error).__name__}: {error})") from error
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: holds no config: {said}") from error
     return config, gates

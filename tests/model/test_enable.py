@@ -203,6 +203,11 @@ def test_report_needs_a_prefill(model, when):
         fastmmoe.report(model)
 
 
+def test_report_of_no_model():
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+        fastmmoe.report("model")
+
+
 # ------------------------------------------------------------------------------------------------ on and off
 
 

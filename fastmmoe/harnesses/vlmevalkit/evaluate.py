@@ -24,7 +24,8 @@ from fastmmoe.methods.files import content_of
 PROCESSES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 _PROBE = (
-    f"import fastmmoe.harnesses.{__package__.rpartition('.')[2]}, importlib.util as u; assert u.find_spec({MODULE!r}); "
+    f"import fastmmoe.harnesses.{__package__.rpartition('.')[2]}, importlib.util as u, sys; "
+    f"u.find_spec({MODULE!r}) or sys.exit('no {MODULE}'); "
     f"from importlib.metadata import version; print(version({DISTRIBUTION!r}))"
 )
 
@@ -76,7 +77,7 @@ def _version(python: str) -> str:
         why = (found.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(
             f"--python {python}: has no fastmmoe with VLMEvalKit ({why}); `make vlmevalkit` builds an environment, or: "
-            f"python -m venv DIR; DIR/bin/pip install fastmmoe {DISTRIBUTION}"
+            f"python -m venv DIR; DIR/bin/pip install . {DISTRIBUTION} (in a checkout)"
         )
     return found.stdout.split()[-1]
 
