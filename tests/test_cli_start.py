@@ -150,10 +150,9 @@ def test_settings_from_a_file(tmp_path):
     """`bench` by what `to_dict` gave, and by what a file of another method holds."""
     from typer.testing import CliRunner
 
-    from fastmmoe_cli.app import app
-
     from fastmmoe import FastMMoEConfig, UniformConfig
     from fastmmoe.methods.files import content_of
+    from fastmmoe_cli.app import app
 
     configs = {
         "ours": (FastMMoEConfig(vision_top_k=3, prune_layers=(2, 5), retention=0.4), lambda config: config.to_dict()),
