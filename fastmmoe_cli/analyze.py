@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fastmmoe_cli.console import console, fail, importing, note, print_json, reason, refusing
 from fastmmoe_cli.extras import need
-from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, check_model, read_device
+from fastmmoe_cli.options import Device, Dtype, Json, NewTokens, read_device
 from fastmmoe_cli.outputs import ask_to_overwrite, check_writable, writing
 
 EXAMPLE = "Example: fastmmoe analyze --out results --workers 2 --resume"
@@ -65,8 +65,6 @@ def analyze(
     need("study", "PIL", "matplotlib", "tqdm", *(() if data else ("sklearn", "skimage")))
     if resume and overwrite:
         fail("--overwrite: expected it or --resume, got both")
-    if model is not None:
-        check_model(model, option="--model ")
     asked_parts = [part.strip() for part in parts.split(",") if part.strip()] if parts is not None else list(PARTS)
     if unknown := [part for part in asked_parts if part not in PARTS]:
         fail(f"--parts: unknown {', '.join(unknown)}, expected some of {', '.join(PARTS)}")

@@ -54,16 +54,15 @@ def refusing(*kinds: type[Exception], before: str = "", options: bool = False) -
         yield
     except kinds as error:
         said = reason(error)
-        fail(before + (ARGUMENT.sub(_as_typed, said) if options else said))
+        fail(before + (PARAMETER.sub(lambda found: AS_TYPED[found[0]], said) if options else said))
 
 
-# of Python, in front of an error about it
-ARGUMENT = re.compile(r"^[a-z][a-z_]*(?=[=:\[])")
-POSITIONAL = ("text_config", "model_or_name")
-
-
-def _as_typed(name: re.Match[str]) -> str:
-    return "MODEL" if name[0] in POSITIONAL else f"--{name[0].replace('_', '-')}"
+# a parameter of Python, in front of an error about it -> what a user gave
+AS_TYPED = {"text_config": "MODEL", "model_or_name": "MODEL"} | {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("vision_top_k", "reduction_layer", "prune_layers", "retention", "alpha", "strategy", "keep_by")
+}
+PARAMETER = re.compile(rf"^(?:{'|'.join(AS_TYPED)})(?=[=:\[])")
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def prune_layers_option(default: str):
     return typer.Option("--prune-layers", help="Layers that prune, such as 5,8,12.", show_default=default)
 
 
-def check_pruning(retention: float, options: Mapping[str, object]) -> None:
+def check_pruning(retention: float | None, options: Mapping[str, object]) -> None:
     """Check that some tokens go where options say how."""
     if retention == 1.0 and (given := [name for name, value in options.items() if value]):
         fail(f"{given[0]}: without effect at --retention 1.0, which prunes nothing")

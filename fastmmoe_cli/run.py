@@ -25,6 +25,7 @@ from fastmmoe_cli.options import (
     check_images,
     check_model,
     check_prompt,
+    check_pruning,
     check_retention,
     open_images,
     prune_layers_option,
@@ -86,6 +87,8 @@ def run(
         "keep_by": keep_by,
     }
     check_config(config, given | {"retention": retention})
+    how = {"--prune-layers": prune_layers, "--alpha": alpha, "--strategy": strategy, "--keep-by": keep_by}
+    check_pruning(retention, how)
     overrides = {name: value for name, value in given.items() if value is not None}
     with importing():
         from fastmmoe.families.chat import check_question, placeholders_of

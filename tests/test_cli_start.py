@@ -59,6 +59,7 @@ ASK = ("run", "--model", "a/b", "--prompt", "What?")
         ((*ASK, "--strategy", "best"), "'best' is not one of 'hybrid', 'routing_similarity', 'dynamic_attention'"),
         ((*ASK, "--keep-by", "size"), "'size' is not one of 'importance', 'redundancy'"),
         (("bench", "--retention", "0"), f"{NO_SHARE} 0.0"),
+        ((*ASK, "--image", "setup.py", "--retention", "1", "--keep-by", "redundancy"), "--keep-by: without effect at"),
         ((*ASK, "--image", "tests"), "--image tests: Is a directory"),
         ((*ASK, "--image", "pyproject.toml", "--config", "setup.py"), "--config setup.py: holds no config"),
         (("flops", "nodir/"), "nodir/: no such directory"),

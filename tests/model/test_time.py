@@ -501,7 +501,7 @@ def test_the_picture_and_a_measured_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--device", "b200"], "device: expected one of h100"),
+        (["--device", "b200"], "--device b200: expected one of h100, h200, a100, l40s, mi300x, cpu or a .json file"),
         (["--device", "missing.json"], "missing.json"),
         (["--output", "picture.jpg", "--device", "cpu"], "expected a .png file"),
         (["--output", "no/such/picture.png", "--device", "cpu"], "in a directory that exists"),
