@@ -74,8 +74,8 @@ def configs(name: str) -> dict[str, FastMMoEConfig]:
     return found
 
 
-# where the loop itself is further from what it computes in float64 (by 6e-5 and by 4e-4)
-TOLERANCES = {("dots3_note", "skipping"): 1e-4, ("glm5_next", "skipping"): 1e-4}
+# where the loop itself is further from what it computes in float64 (6e-5)
+TOLERANCES = {("dots3_note", "skipping"): 1e-4}
 CASES = [pytest.param(name, kind, id=f"{name}-{kind}") for name in LOOPS for kind in configs(name)]
 
 
